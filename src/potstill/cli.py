@@ -1,0 +1,205 @@
+"""The command line: it reads arguments, calls the library and prints. No method stands in it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import PotstillError, Stopped, unknown
+
+COMMANDS = ("distill", "evaluate", "list", "show", "cite")
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse with errors as everything else here has them: one line, nearest names, exit code 2."""
+
+    def error(self, message: str) -> Any:
+        raise PotstillError(f"{message}; `{self.prog} --help` shows all")
+
+
+def parser() -> Parser:
+    """All commands and options."""
+    top = Parser("potstill", description="Distil a labelled data set into a few synthetic samples.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"potstill {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    d = add("distill", "Distil a data set and measure the result.")
+    d.add_argument("data", help="a name of `potstill list datasets`, or the path of a .npz")
+    d.add_argument("--method", default="dm", help="a name of `potstill list methods`, or package.module:recipe (default: dm)")
+    d.add_argument("--ipc", default="1", metavar="N|N1,N2,...", help="images per class (default: 1)")
+    d.add_argument("--steps", type=int, help="length of the run in steps, with the paper's numbers")
+    d.add_argument("--minutes", type=float, help="length of the run in minutes: compiling and loop, not evaluation")
+    d.add_argument("--preset", help="paper or small")
+    d.add_argument("--network", help="what the set is learned with and judged with, such as convnet-batch-w64")
+    d.add_argument("--init", help="real or noise")
+    d.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="a recipe field, such as optimiser.inputs.lr=2.0")
+    d.add_argument("--recipe", type=Path, metavar="FILE", help="a recipe as `potstill show` prints it, in place of --method")
+    d.add_argument("--seed", type=int, default=0)
+    d.add_argument("--holdout", type=float, default=0.1, help="share of the training data kept for looks (default: 0.1)")
+    d.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA-METHOD-ipcN-seedS)")
+    d.add_argument("--resume", action="store_true", help="continue the run in the folder")
+    d.add_argument("--force", action="store_true", help="start again in a folder that holds a run")
+    d.add_argument("--no-evaluate", action="store_true", help="leave out accuracy and baselines at the end")
+
+    e = add("evaluate", "Train fresh networks on sets and read their accuracy on the test data.")
+    e.add_argument("sets", nargs="+", metavar="SET", help="a folder with a set.safetensors, or such a file")
+    e.add_argument("--data", help="the data, if not the set's own")
+    e.add_argument("--networks", default="", metavar="A,B", help="if not the student that the set asks for")
+    e.add_argument("--protocol", help="if not the protocol that the set asks for")
+    e.add_argument("--baselines", default="", metavar="LIST", help="of random and whole, beside each set")
+    e.add_argument("--seed", type=int, default=0)
+    e.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    for p in (d, e):
+        p.add_argument("--repeats", type=int, default=5, help="fresh networks for each number (default: 5)")
+        p.add_argument("--data-root", type=Path, metavar="DIR", help="folder of downloaded data (default: $POTSTILL_DATA)")
+        p.add_argument("--device", default="cpu")
+        p.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+        p.add_argument("--compile", default="auto", help="auto, on or off")
+
+    s = add("list", "What there is.")
+    s.add_argument("what", help="methods, datasets, networks or protocols")
+    s = add("show", "A method's recipe as TOML, which --recipe reads.")
+    s.add_argument("method")
+    s.add_argument("--preset", default="paper")
+    s = add("cite", "The paper that a method comes from.")
+    s.add_argument("method")
+    return top
+
+
+def counts_of(text: str) -> int | list[int]:
+    """`--ipc`: one number, or several with commas between."""
+    try:
+        numbers = [int(n) for n in text.split(",")]
+    except ValueError:
+        raise PotstillError(f"--ipc '{text}' is not a whole number, nor several with commas between") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
+    """`--set path=value` with TOML values; a bare word is a string."""
+    settings = {}
+    for pair in pairs:
+        path, equals, value = pair.partition("=")
+        if not equals or not path:
+            raise PotstillError(f"--set '{pair}' is not of the form path=value")
+        try:
+            settings[path] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            settings[path] = value
+    return settings
+
+
+def _distill(args: argparse.Namespace) -> None:
+    from .loop import distill
+    from .recipe import Recipe, find, read
+
+    method: str | Recipe = find(args.method, args.preset) if ":" in args.method else args.method
+    method = read(args.recipe) if args.recipe else method
+    names = ("steps", "minutes", "preset", "network", "init", "seed", "holdout", "out", "data_root", "device", "precision",
+             "compile", "resume", "force", "repeats")  # fmt: skip
+    options = {name: getattr(args, name) for name in names}
+    run = distill(args.data, method, ipc=counts_of(args.ipc), settings=settings_of(args.set), **options,
+                  evaluate=not args.no_evaluate, say=print, bar=progress_bar)  # fmt: skip
+    if run.record["results"]:
+        print()
+        print(table(run.record["results"]))
+    print()
+    for name, what in (("set.safetensors", "the set"), ("grid.png", "picture"), ("report.html", "report")):
+        print(f"{what + ':':10}{run.out / name}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from .evaluation import evaluate
+    from .records import write_json
+
+    def words(text: str) -> list[str]:
+        return [w for w in text.split(",") if w]
+
+    results = evaluate(
+        args.sets, args.data, networks=words(args.networks), protocol=args.protocol, baselines=words(args.baselines),
+        repeats=args.repeats, seed=args.seed, data_root=args.data_root, device=args.device, compile=args.compile,
+        precision=args.precision, say=print, bar=lambda n, title: progress_bar(n, title, 0),
+    )  # fmt: skip
+    rows = [asdict(r) for r in results]
+    if args.json:
+        write_json(args.json, rows)
+    print(table(rows))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Results for people: percent, mean and standard deviation."""
+    lines = [("set", "images", "network", "protocol", "accuracy", "networks")]
+    for r in rows:
+        score = f"{100 * r['accuracy_mean']:.1f} %" + (f" ± {100 * r['accuracy_std']:.1f}" if r["repeats"] > 1 else "")
+        lines.append((r["set"], str(r["images"]), r["network"], r["protocol"], score, str(r["repeats"])))
+    widths = [max(len(line[i]) for line in lines) for i in range(6)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def progress_bar(total: int, title: str, start: int) -> Any:
+    """A bar with step, loss, rate and time left on standard error."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, initial=start, unit="step", dynamic_ncols=True, mininterval=0.2, smoothing=0.1)
+
+
+def _list(args: argparse.Namespace) -> None:
+    from .data import LOADERS
+    from .evaluation import PROTOCOLS
+    from .methods import METHODS
+    from .networks import NETWORKS
+
+    tables = {"methods": METHODS, "datasets": LOADERS, "networks": NETWORKS}
+    if args.what == "protocols":
+        for p in PROTOCOLS.values():
+            print(f"{p.name:15} {p.epochs} epochs, SGD {p.lr:g}, batch {p.batch}, augmentation {p.augment}, hash {p.hash}")
+    elif args.what in tables:
+        for name, made in tables[args.what].items():
+            print(f"{name:15} {(made.__doc__ or '').strip().splitlines()[0]}")
+    else:
+        raise unknown("list of", args.what, [*tables, "protocols"])
+
+
+def _show(args: argparse.Namespace) -> None:
+    from .recipe import find, write
+
+    print(write(find(args.method, args.preset)), end="")
+
+
+def _cite(args: argparse.Namespace) -> None:
+    from .methods import cite
+
+    print(cite(args.method))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if all went well, 2 for a user's mistake, 1 for a run that stopped, 130 for Ctrl-C."""
+    try:
+        args = parser().parse_args(arguments)
+        {"distill": _distill, "evaluate": _evaluate, "list": _list, "show": _show, "cite": _cite}[args.command](args)
+        sys.stdout.flush()
+        return 0
+    except PotstillError as error:
+        print(f"potstill: {error}", file=sys.stderr)
+        return 2
+    except Stopped as error:
+        print(f"potstill: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\npotstill: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `potstill list methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+

@@ -1,0 +1,87 @@
+"""When to compile a step and in which precision to compute it: rules that look at sizes, never at a clock."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import PotstillError, unknown
+
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+EAGER_FLOPS = 40e9  # a CPU's floating-point operations per second in eager mode; only the choice to compile rests on it
+WORTH = 90.0  # seconds of eager work above which compiling, 20 to 60 s for a graph, is earned back
+
+
+def count_flops(function: Callable[[], Any]) -> float:
+    """Floating-point operations of the matrix products and convolutions that a call makes."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return float(counter.get_total_flops())
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler is there, which `torch.compile` needs on a CPU."""
+    return any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def choose_compile(asked: str, seconds: float, device: str) -> tuple[bool, str]:
+    """Whether to compile, and why, in a few words for the user.
+
+    Args:
+        asked: `auto`, `on` or `off`.
+        seconds: What the run would take in eager mode, estimated from counted operations or given as a budget.
+        device: Where it runs.
+
+    Raises:
+        PotstillError: Another word, or `on` without a C++ compiler.
+    """
+    if asked not in ("auto", "on", "off"):
+        raise unknown("choice for --compile", asked, ("auto", "on", "off"))
+    missing = device == "cpu" and not has_compiler()
+    if asked == "on":
+        if missing:
+            raise PotstillError("--compile on needs a C++ compiler (g++ or clang++) on the PATH; --compile off does without")
+        return True, "asked for"
+    if asked == "off":
+        return False, "asked for"
+    if seconds < WORTH:
+        return False, f"about {seconds:.0f} s of work would not earn compiling back"
+    if missing:
+        return False, "no C++ compiler on the PATH"
+    return True, "the run is long enough to earn it back"
+
+
+def choose_precision(asked: str, device: str, images: bool) -> str:
+    """The precision of features and gradients: bfloat16 for images where the hardware multiplies it."""
+    if asked not in ("auto", *PRECISIONS):
+        raise unknown("precision", asked, ("auto", *PRECISIONS))
+    if asked != "auto":
+        return asked
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bf16" if fast and images else "fp32"
+
+
+def check_device(device: str) -> str:
+    """A device that is there.
+
+    Raises:
+        PotstillError: It is not.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise PotstillError(f"--device '{device}' is not usable here ({str(error).splitlines()[0][:100]})") from error
+    return device
+
+
+def compiled(function: Callable[..., Any], on: bool) -> Callable[..., Any]:
+    """The function as one static graph, or as it is."""
+    return torch.compile(function, fullgraph=True, dynamic=False) if on else function

@@ -1,0 +1,246 @@
+"""Sets as files: one `set.safetensors` with everything that the set needs to be used as it was meant."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as decode
+from safetensors.torch import save as encode
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .data import Data, Standardise
+from .errors import PotstillError
+from .records import write_whole
+from .recipe import Recipe, to_dict
+
+FORMAT = 1
+HEADER = "potstill"  # one key: safetensors does not keep the order of several, and the same set must be the same bytes
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a set says of itself.
+
+    Args:
+        method: Alias of the recipe.
+        data: Name of the data set that it stands for.
+        fingerprint: Of that data.
+        class_names: One per class.
+        ipc: Images of each class.
+        labels: Convention of the labels: `hard` (class numbers) or `soft` (probabilities).
+        transform: Mean, std and trailing axes; inputs are stored standardised, unclamped.
+        scale: Divisor of raw inputs to unit scale.
+        limits: What 0 and 1 of a picture mean in unit scale.
+        mirror: Whether a mirrored input keeps its class.
+        student: Network that the set asks for.
+        protocol: Evaluation that it asks for.
+        recipe: The recipe, whole.
+        seed: Of the run.
+        steps: That it was distilled for when this file was written.
+        software: Version that wrote it.
+    """
+
+    method: str
+    data: str
+    fingerprint: str
+    class_names: list[str]
+    ipc: list[int]
+    labels: str
+    transform: dict[str, Any]
+    scale: float
+    limits: list[float]
+    mirror: bool
+    student: str
+    protocol: str
+    recipe: dict[str, Any]
+    seed: int
+    steps: int
+    software: str
+
+
+class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
+    """A distilled set: a `torch.utils.data.Dataset` of (input, label), standardised as the networks want it.
+
+    Attributes:
+        inputs: (M, *shape) float32, standardised, not clamped.
+        labels: (M,) int64 classes, or (M, C) probabilities.
+        lr: The learned learning rate, if the method learns one.
+        meta: What the set says of itself.
+
+    Example:
+        >>> set_ = load("zoo/fashion-mnist/dm/1")  # doctest: +SKIP
+        >>> x, y = set_[0]  # doctest: +SKIP
+    """
+
+    def __init__(self, inputs: Tensor, labels: Tensor, meta: Meta, lr: Tensor | None = None) -> None:
+        self.inputs, self.labels, self.meta, self.lr = inputs, labels, meta, lr
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[index], self.labels[index]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.inputs.shape[1:])
+
+    @property
+    def classes(self) -> Tensor:
+        """The class of each sample (M,), the most probable one where labels are soft."""
+        return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
+
+    @property
+    def standardise(self) -> Standardise:
+        """The transform that the inputs have been through."""
+        t = self.meta.transform
+        return Standardise(tuple(t["mean"]), tuple(t["std"]), t["trailing"])
+
+    def transform(self, raw: Any) -> Tensor:
+        """Your own inputs as the set's are: raw (bytes, or what the source had) to standardised float32.
+
+        Args:
+            raw: (*shape) or (N, *shape), array or tensor, in the type of the source data. A grey image (H, W), and
+                images (H, W, C) whose channels are last, as PIL gives them, are turned round.
+        """
+        x = torch.as_tensor(raw)
+        if len(self.shape) == 3 and tuple(x.shape) in (self.shape[1:], (*self.shape[1:], self.shape[0])):
+            x = x[None] if x.ndim == 2 else x.permute(2, 0, 1)
+        elif len(self.shape) == 3 and self.shape[0] == 1 and x.ndim == 3 and x.shape[1:] == self.shape[1:]:
+            x = x[:, None] if x.shape != self.shape else x
+        if tuple(x.shape[-len(self.shape) :]) != self.shape:
+            raise PotstillError(f"inputs of shape {tuple(x.shape)} do not fit a set of {self.shape}")
+        return self.standardise.apply(x.float() / self.meta.scale)
+
+    @property
+    def images(self) -> Tensor:
+        """(M, *shape) in a picture's range of about 0 to 1, not clamped."""
+        low, high = self.meta.limits
+        return (self.standardise.invert(self.inputs) - low) / (high - low)
+
+    def save(self, path: str | Path) -> None:
+        """Write one `.safetensors`, whole or not at all."""
+        tensors = {"inputs": self.inputs.contiguous(), "labels": self.labels.contiguous()}
+        if self.lr is not None:
+            tensors["lr"] = self.lr
+        header = json.dumps({"format": FORMAT, **asdict(self.meta)}, sort_keys=True)
+        write_whole(Path(path), encode(tensors, metadata={HEADER: header}))
+
+
+def describe_set(data: Data, recipe: Recipe, counts: list[int], seed: int, steps: int) -> Meta:
+    """What a set made from this data by this recipe says of itself."""
+    from . import __version__
+
+    t = data.transform
+    raw = data.train.inputs
+    limits = [0.0, 1.0] if data.scale != 1 else [float(raw.min()), float(raw.max())]
+    return Meta(
+        method=recipe.method,
+        data=data.name,
+        fingerprint=data.fingerprint,
+        class_names=list(data.class_names),
+        ipc=counts,
+        labels="hard",
+        transform={"name": t.name, "mean": list(t.mean), "std": list(t.std), "trailing": t.trailing},
+        scale=data.scale,
+        limits=limits if limits[1] > limits[0] else [0.0, 1.0],
+        mirror=data.mirror,
+        student=recipe.student,
+        protocol=recipe.protocol,
+        recipe=to_dict(recipe),
+        seed=seed,
+        steps=steps,
+        software=__version__,
+    )
+
+
+def load(path: str | Path) -> DistilledSet:
+    """Read a set.
+
+    Args:
+        path: A `.safetensors` that Potstill wrote, or a folder with a `set.safetensors` in it.
+
+    Raises:
+        PotstillError: Nothing there, damaged, or not a set.
+    """
+    file = Path(path)
+    file = file / "set.safetensors" if file.is_dir() else file
+    if not file.is_file():
+        raise PotstillError(f"no set at {file}; a folder with a set.safetensors, or such a file, is needed")
+    tensors, header = read_tensors(file, "set")
+    try:
+        if header.pop("format") != FORMAT:
+            raise PotstillError(f"{file} has a format that this version of potstill does not know; a newer one does")
+        meta = Meta(**header)
+        inputs, labels = tensors["inputs"], tensors["labels"]
+    except (KeyError, TypeError) as error:
+        raise PotstillError(f"{file} is no distilled set: {error}") from error
+    if len(inputs) != len(labels) or len(inputs) != sum(meta.ipc) or not inputs.is_floating_point():
+        raise PotstillError(f"{file} is damaged: {tuple(inputs.shape)} inputs, {tuple(labels.shape)} labels, ipc {meta.ipc}")
+    if not inputs.isfinite().all():
+        raise PotstillError(f"{file} holds values that are not finite")
+    top = labels.shape[-1] - 1 if labels.ndim == 2 else int(labels.max())
+    if top >= len(meta.class_names) or (labels.ndim == 1 and int(labels.min()) < 0):
+        raise PotstillError(f"{file} has labels outside its {len(meta.class_names)} classes")
+    return DistilledSet(inputs, labels, meta, tensors.get("lr"))
+
+
+def read_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and our JSON header of a `.safetensors`.
+
+    Raises:
+        PotstillError: It is damaged or another program's.
+    """
+    try:
+        content = file.read_bytes()
+        tensors = decode(content)
+        size = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+        header = json.loads(metadata[HEADER])
+    except (SafetensorError, ValueError, OSError) as error:
+        raise PotstillError(f"{file} is damaged or no safetensors file ({str(error).splitlines()[0][:100]})") from error
+    except KeyError as error:
+        raise PotstillError(f"{file} is a safetensors file but no {kind} of potstill's") from error
+    if not isinstance(header, dict):
+        raise PotstillError(f"{file} has a damaged header")
+    return tensors, header
+
+
+def pack(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """A tree as JSON, its tensors put aside under running numbers.
+
+    Args:
+        tree: Nested dicts, lists and tuples of tensors, numbers, strings and None.
+        tensors: Receives the tensors.
+    """
+    if isinstance(tree, Tensor):
+        name = f"{len(tensors):05d}"
+        tensors[name] = tree.detach().cpu().contiguous().clone()  # no two share memory: safetensors refuses that
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        return {"dict": {k: pack(v, tensors) for k, v in tree.items()}}
+    if isinstance(tree, tuple):
+        return {"tuple": [pack(v, tensors) for v in tree]}
+    if isinstance(tree, list):
+        return {"list": [pack(v, tensors) for v in tree]}
+    return tree
+
+
+def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `pack` was given."""
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, value),) = packed.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {k: unpack(v, tensors) for k, v in value.items()}
+    parts = [unpack(v, tensors) for v in value]
+    return tuple(parts) if kind == "tuple" else parts

@@ -1,0 +1,78 @@
+"""Run time and peak memory by phase."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def peak_bytes(device: str = "cpu") -> int:
+    """The most memory that the process has had resident, or on a GPU the most that tensors have taken there."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak(device: str = "cpu") -> None:
+    """Begin a new peak where the system can (Linux, CUDA); elsewhere the peak is that of the whole process."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+class Clock:
+    """Seconds per phase, added up over stops and resumes.
+
+    Args:
+        seconds: What earlier parts of the run have taken.
+    """
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds = dict(seconds or {})
+        self._open: list[str] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time what happens inside; a phase inside another is not counted in the outer one."""
+        start = time.perf_counter()
+        outer = self._open[-1] if self._open else None
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            self._open.pop()
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
+            if outer is not None:
+                self.seconds[outer] = self.seconds.get(outer, 0.0) - took
+
+    def rounded(self) -> dict[str, float]:
+        """Seconds per phase for a record."""
+        return {name: round(value, 3) for name, value in self.seconds.items()}
+
+
+def cost(clock: Clock, seconds_per_step: float | None, device: str) -> dict[str, Any]:
+    """The cost part of a record."""
+    return {
+        "phases": clock.rounded(),
+        "seconds": round(sum(clock.seconds.values()), 3),
+        "seconds_per_step": seconds_per_step and round(seconds_per_step, 5),
+        "peak_bytes": peak_bytes(device),
+    }

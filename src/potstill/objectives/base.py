@@ -1,0 +1,113 @@
+"""What a paper brings: an objective. Mathematics only, no optimiser, loop, device or file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..augment import Augment
+from ..data import Classification
+from ..functional import Key, Tree
+from ..networks import Network, State
+from ..synthetic import Synthetic
+
+
+@dataclass(frozen=True)
+class ByGroup:
+    """A real batch of `count` samples of every group: inputs (G, count, *shape)."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """A real batch of `count` samples drawn from all: inputs (count, *shape)."""
+
+    count: int
+
+
+class Real(NamedTuple):
+    """A real batch as an objective sees it: standardised, with a mask where a group has fewer samples than asked.
+
+    By group: inputs (G, n, *shape), labels and mask (G, n). Uniform: inputs (n, *shape), labels and mask (n,).
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+class Net(NamedTuple):
+    """What a source hands out: a network, its present state and, where pairs are asked for, a state to arrive at."""
+
+    network: Network
+    state: State
+    goal: State | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the loop must bring to each step."""
+
+    real: ByGroup | Uniform | None
+    network: Literal["state", "pair", "none"] = "state"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the draws of a step may depend on: sizes, never values."""
+
+    groups: int
+    synthetic: int
+    real: int
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """A differentiable comparison of S with T, minimised over what is learned of S.
+
+    Target and loss are apart: no gradient flows through the target, so it may be computed in another precision,
+    in pieces, on several machines, or kept. Both are pure; all that is random comes in as `draws`.
+
+    Args:
+        augment: The recipe's augmentation; the loop puts it here.
+    """
+
+    augment: Augment = field(default=Augment(), kw_only=True, metadata={"recipe": False})
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """The real batch and network of a step."""
+
+    def draws(self, key: Key, sizes: Sizes) -> Tree:
+        """Every random tensor of the step, made eagerly."""
+        return {}
+
+    def init(self, task: Classification, s: Synthetic) -> Tree:
+        """State of the objective's own, kept in checkpoints; nothing by default."""
+        return ()
+
+    @abstractmethod
+    def target(self, real: Real, net: Net, draws: Tree) -> Tree:
+        """The real side."""
+
+    @abstractmethod
+    def loss(self, s: Synthetic, target: Tree, net: Net, draws: Tree, own: Tree) -> tuple[Tensor, Tree]:
+        """The loss of S, a scalar, and the objective's own next state."""
+
+    def value_and_grad(
+        self, s: Synthetic, target: Tree, net: Net, draws: Tree, own: Tree
+    ) -> tuple[Tensor, dict[str, Tensor], Tree]:
+        """Loss, gradient with respect to `s.learned` and own next state: autograd of `loss`, unless overridden."""
+
+        def function(learned: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, Tree]]:
+            value, after = self.loss(s.at(learned), target, net, draws, own)
+            return value, (value, after)
+
+        grads, (value, after) = torch.func.grad(function, has_aux=True)(s.learned)
+        return value, grads, after

@@ -1,0 +1,237 @@
+"""A recipe: one named choice of objective, source, what is learned, augmentation, optimiser and protocol.
+
+A recipe is a tree of frozen dataclasses. As a plain dict (and so as TOML and in records) each part that has several
+forms carries its `kind`; `--set` and `--recipe` change that dict, and everything unknown in it is named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from .augment import Augment
+from .errors import PotstillError, unknown
+from .functional import OPTIMISERS, Optimiser
+from .objectives import OBJECTIVES, Objective
+from .sources import SOURCES, Pool
+from .synthetic import INITIALISERS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a set is made and what it asks for when it is used.
+
+    Args:
+        method: The alias that made it, `dm`, or a name of your own.
+        preset: `paper` or `small`.
+        objective: What is minimised; nothing for a coreset.
+        source: Where networks come from.
+        learn: What of S is learned.
+        init: How S starts.
+        augment: One augmentation for objective and source.
+        optimiser: One per learned part.
+        steps: Steps of a run that names neither steps nor minutes.
+        looks: Looks at held-out accuracy during the run.
+        network: What S is learned with.
+        student: The network that the set asks to be judged with.
+        protocol: The evaluation that it asks for.
+    """
+
+    method: str
+    preset: str
+    objective: Objective | None = None
+    source: Pool | None = None
+    learn: tuple[str, ...] = ()
+    init: str = "real"
+    augment: Augment = Augment()
+    optimiser: Mapping[str, Optimiser] = field(default_factory=dict)
+    steps: int = 0
+    looks: int = 4
+    network: str = "convnet"
+    student: str = "convnet"
+    protocol: str = "dsa"
+
+    def __post_init__(self) -> None:
+        if self.init not in INITIALISERS:
+            raise unknown("initialiser", self.init, INITIALISERS)
+        for part in self.learn:
+            if part not in LEARNABLE:
+                raise unknown("learnable part of S", part, LEARNABLE)
+            if part not in self.optimiser:
+                raise PotstillError(f"recipe: '{part}' is learned but has no optimiser; set optimiser.{part}")
+        for name in ("steps", "looks"):
+            if getattr(self, name) < 0:
+                raise PotstillError(f"recipe: {name} = {getattr(self, name)} is below 0")
+        if self.objective is None and self.steps:
+            raise PotstillError(f"method '{self.method}' has no objective and takes 0 steps, not {self.steps}")
+
+
+LEARNABLE = ("inputs",)
+_KINDS: dict[str, Mapping[str, type]] = {"objective": OBJECTIVES, "source": SOURCES}
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain numbers, strings, lists and dicts."""
+    return _plain(recipe)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        out = {} if (kind := _kind_of(value)) is None else {"kind": kind}
+        for f in dataclasses.fields(value):
+            if f.metadata.get("recipe", True) and (item := getattr(value, f.name)) is not None:
+                out[f.name] = _plain(item)
+        return out
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _kind_of(value: Any) -> str | None:
+    for table in (OBJECTIVES, SOURCES, OPTIMISERS):
+        for kind, cls in table.items():
+            if type(value) is cls:
+                return kind
+    return None
+
+
+def from_dict(plain: Mapping[str, Any]) -> Recipe:
+    """The recipe of a plain dict.
+
+    Raises:
+        PotstillError: A field that does not exist (with the nearest ones), or a value of another type.
+    """
+    parts = dict(plain)
+    for name, table in _KINDS.items():
+        if name in parts:
+            parts[name] = _build(name, parts[name], table)
+    if "augment" in parts:
+        parts["augment"] = _make(Augment, parts["augment"], "augment.")
+    rules = _table("optimiser", parts.get("optimiser", {}))
+    parts["optimiser"] = {k: _build(f"optimiser.{k}", v, OPTIMISERS) for k, v in rules.items()}
+    return _make(Recipe, parts, "")
+
+
+def _table(path: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise PotstillError(f"recipe field '{path}' is {value!r}; a table of fields is needed")
+    return value
+
+
+def _build(path: str, value: Any, table: Mapping[str, type]) -> Any:
+    rest = dict(_table(path, value))
+    kind = rest.pop("kind", None)
+    if kind is None:
+        raise PotstillError(f"recipe field '{path}' lacks its kind; there are: {', '.join(table)}")
+    if kind not in table:
+        raise unknown(f"kind of {path.split('.')[0]}", str(kind), table)
+    return _make(table[kind], rest, path + ".")
+
+
+def _make(cls: type, plain: Mapping[str, Any], prefix: str) -> Any:
+    """An instance of a dataclass from plain values, each checked against its field's type."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("recipe", True)}
+    values = {}
+    for name, value in _table(prefix[:-1], plain).items():
+        if name not in fields:
+            known = [prefix + f for f in fields]
+            raise unknown("recipe field", prefix + name, known, "`potstill show METHOD` shows all")
+        values[name] = _typed(value, hints[name], prefix + name)
+    return cls(**values)
+
+
+def _typed(value: Any, hint: Any, path: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            raise PotstillError(f"recipe field '{path}' is {value!r}; a list of strings is needed")
+        return tuple(value)
+    wanted = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(hint)
+    if wanted is None:
+        return value
+    if not isinstance(value, wanted) or (isinstance(value, bool) and hint is not bool):
+        raise PotstillError(f"recipe field '{path}' is {value!r}; {hint.__name__} is needed")
+    if hint is float and value != value:
+        raise PotstillError(f"recipe field '{path}' is not a number")
+    return float(value) if hint is float else value
+
+
+def change(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """A recipe with some fields changed.
+
+    Args:
+        recipe: The recipe to start from.
+        settings: Dotted path to value: `{"optimiser.inputs.lr": 2.0, "objective.real": 64}`.
+
+    Example:
+        >>> from potstill.methods import METHODS
+        >>> change(METHODS["dm"]("paper"), {"objective.real": 64}).objective.real
+        64
+    """
+    plain = to_dict(recipe)
+    for path, value in settings.items():
+        *parents, last = path.split(".")
+        at = plain
+        for i, name in enumerate(parents):
+            if not isinstance(at.get(name), dict):
+                known = [".".join([*parents[:i], k]) for k, v in at.items() if isinstance(v, dict)]
+                raise unknown("recipe table", ".".join(parents[: i + 1]), known, "`potstill show METHOD` shows all")
+            at = at[name]
+        at[last] = value
+    return from_dict(plain)
+
+
+def find(name: str, preset: str | None = None) -> Recipe:
+    """The recipe of a method: an alias, or `package.module:function` from outside.
+
+    Args:
+        name: `dm`, or `my_package.my_module:my_recipe`, a function of the preset's name or a `Recipe`.
+        preset: `paper` if absent.
+
+    Raises:
+        PotstillError: No such method, preset, module or function.
+    """
+    from .methods import METHODS, PRESETS
+
+    preset = preset or "paper"
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    if ":" not in name:
+        if name not in METHODS:
+            raise unknown("method", name, METHODS, "`potstill list methods` shows all")
+        return METHODS[name](preset)
+    module, _, attribute = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PotstillError(f"method '{name}' cannot be imported ({error}); package.module:recipe is needed") from error
+    recipe = made if isinstance(made, Recipe) else made(preset)
+    if not isinstance(recipe, Recipe):
+        raise PotstillError(f"method '{name}' is no recipe but {type(recipe).__name__}")
+    return recipe
+
+
+def write(recipe: Recipe) -> str:
+    """A recipe as TOML."""
+    return tomli_w.dumps(to_dict(recipe))
+
+
+def read(path: Path) -> Recipe:
+    """A recipe from TOML.
+
+    Raises:
+        PotstillError: No such file, no TOML, or fields that do not exist.
+    """
+    try:
+        return from_dict(tomllib.loads(path.read_text()))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PotstillError(f"--recipe {path} cannot be read ({error})") from error

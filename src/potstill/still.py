@@ -1,0 +1,175 @@
+"""One step of the loop, whatever the method: a recipe bound to data, with all that is static made once."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .compiling import PRECISIONS, compiled
+from .data import Data
+from .errors import PotstillError
+from .evaluation import LOOK, Trainer
+from .exchange import DistilledSet, describe_set
+from .functional import Key, Tree, to
+from .networks import narrow, network
+from .objectives import ByGroup, Net, Real, Sizes
+from .recipe import Recipe, to_dict
+from .records import processor
+from .synthetic import Synthetic, initialise
+
+class Now(NamedTuple):
+    """Everything that a step changes."""
+
+    learned: dict[str, Tensor]
+    slow: Tree
+    own: Tree
+    pool: Tree
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is, apart from its data: pinned in its checkpoint.
+
+    The first group decides what is computed. The second decides only how, but to the last bit: a resumed run takes it
+    from the checkpoint.
+    """
+
+    recipe: Recipe
+    counts: list[int]
+    seed: int
+    holdout: float
+    steps: int
+    device: str
+
+    compile: bool
+    precision: str
+    threads: int
+
+    def plain(self, data: Data) -> dict[str, Any]:
+        """For a checkpoint's header."""
+        return {
+            **{k: v for k, v in vars(self).items() if k != "recipe"},
+            "recipe": to_dict(self.recipe),
+            "fingerprint": data.fingerprint,
+            "torch": torch.__version__,
+            "processor": processor(),
+        }
+
+
+class Still:
+    """One run: a recipe bound to data, with everything that is static made once.
+
+    Args:
+        data: With its held-out part taken away.
+        settings: The run's.
+
+    The step is a pure function of the state and the step's number; randomness comes from keys below the seed.
+    """
+
+    def __init__(self, data: Data, settings: Settings) -> None:
+        recipe, self.data, self.settings = settings.recipe, data, settings
+        if recipe.objective is None or recipe.source is None:
+            raise PotstillError(f"method '{recipe.method}' takes no steps")
+        self.key = Key(settings.seed)
+        self.network = network(recipe.network, data.shape, data.task.outputs).at(PRECISIONS[settings.precision])
+        self.objective = replace(recipe.objective, augment=recipe.augment)
+        self.source = recipe.source
+        self.start = initialise(data, settings.counts, recipe.init, self.key.fold("init"))
+        self.members = [(data.train.groups == g).nonzero().flatten() for g in range(len(settings.counts))]
+        self._update = compiled(self.update, settings.compile)
+
+    @property
+    def device(self) -> str:
+        return self.settings.device
+
+    def with_steps(self, steps: int) -> Still:
+        """The same run, what is compiled included, with another number of steps."""
+        other = copy.copy(self)
+        other.settings = replace(self.settings, steps=steps)
+        return other
+
+    def fresh(self) -> Now:
+        """The state before the first step."""
+        learned = to({k: self.start.learned[k] for k in self.settings.recipe.learn}, self.device)
+        slow = {k: self.settings.recipe.optimiser[k].init({k: v}) for k, v in learned.items()}
+        own = to(self.objective.init(self.data.task, self.start), self.device)
+        return Now(learned, slow, own, self.source.init(self.network, self.key.fold("source")))
+
+    def synthetic(self, learned: dict[str, Tensor]) -> Synthetic:
+        """S with the given learned numbers, on the device."""
+        s = self.start
+        fixed = {k: v for k, v in {**s.fixed, **s.learned}.items() if k not in learned}
+        return Synthetic(learned, to(fixed, self.device), s.index.to(self.device), s.mask.to(self.device))
+
+    def real(self, step: int) -> Real | None:
+        """The real batch of a step: drawn without repetition within it."""
+        needs, key = self.objective.needs.real, self.key.fold("real", step)
+        if needs is None:
+            return None
+        if isinstance(needs, ByGroup):
+            width = min(needs.count, max(len(m) for m in self.members))
+            places = torch.arange(width)
+            index = torch.stack(
+                [m[key.fold(g).permutation(len(m))[places % len(m)]] for g, m in enumerate(self.members)]
+            )
+            mask = torch.stack([(places < len(m)).float() for m in self.members])
+        else:
+            index = key.permutation(len(self.data.train))[: needs.count]
+            mask = torch.ones(len(index))
+        train = self.data.train
+        inputs = self.data.prepare(train.inputs[index.flatten()].to(self.device)).unflatten(0, index.shape)
+        return Real(inputs, train.labels[index].to(self.device), mask.to(self.device))
+
+    def inputs_of(self, now: Now, step: int) -> tuple[int, Net, Real | None, Tree]:
+        """Everything that a step needs beside the state, made eagerly: a network, a real batch, draws."""
+        slot, net = self.source.fetch(
+            self.network, now.pool, self.key.fold("source", step), step / max(self.settings.steps, 1)
+        )
+        net = Net(net.network, *to(tuple(net[1:]), self.device))
+        real = self.real(step)
+        sizes = Sizes(len(self.members), len(self.start), 0 if real is None else real.mask.numel())
+        return slot, net, real, to(self.objective.draws(self.key.fold("draws", step), sizes), self.device)
+
+    def update(
+        self, learned: dict[str, Tensor], slow: Tree, own: Tree, state: Tree, goal: Tree, real: Real | None, draws: Tree
+    ) -> tuple[dict[str, Tensor], Tree, Tree, Tensor]:
+        """Target, loss, gradient and optimiser step: one graph."""
+        net = Net(self.network, state, goal)
+        with torch.no_grad():
+            target = self.objective.target(real, net, draws) if real is not None else None
+        loss, grads, own = self.objective.value_and_grad(self.synthetic(learned), target, net, draws, own)
+        after, slower = {}, {}
+        for part, value in learned.items():
+            optimiser = self.settings.recipe.optimiser[part]
+            new, slower[part] = optimiser.update({part: value}, {part: grads[part]}, slow[part])
+            after.update(new)
+        return after, slower, own, loss
+
+    def step(self, now: Now, step: int) -> tuple[Now, float]:
+        """One step of the loop: the next state and the loss. Nothing is changed in place."""
+        slot, net, real, draws = self.inputs_of(now, step)
+        learned, slow, own, loss = self._update(now.learned, now.slow, now.own, net.state, net.goal, real, draws)
+        return Now(learned, slow, own, self.source.advance(now.pool, slot, net)), float(loss)
+
+    def set(self, learned: dict[str, Tensor], step: int) -> DistilledSet:
+        """S as it is saved."""
+        s = self.synthetic(to(learned, self.device))
+        inputs, labels = to(s.take(torch.arange(len(self.start), device=self.device)), "cpu")
+        meta = describe_set(self.data, self.settings.recipe, self.settings.counts, self.settings.seed, step)
+        return DistilledSet(inputs.detach(), labels, meta)
+
+    def look(self, now: Now) -> dict[str, Any] | None:
+        """Accuracy on held-out data of one narrow network trained shortly on S; nothing where nothing is held out."""
+        held = self.data.heldout
+        if not len(held):
+            return None
+        student = narrow(self.settings.recipe.student)
+        net = network(student, self.data.shape, self.data.task.outputs)
+        set_ = self.set(now.learned, 0)
+        trainer = Trainer(net, LOOK, self.data.task, False, "cpu")
+        (state,) = trainer.fit([(set_.inputs, set_.labels)], [self.key.fold("look")], lambda: None)
+        return {"accuracy": round(trainer.score(state, held.inputs, held.labels, self.data.prepare), 6), "network": student}

@@ -1,0 +1,114 @@
+"""The synthetic set S: a tree of learned tensors, what of it is fixed, and how it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .data import Data
+from .errors import PotstillError, unknown
+from .functional import Key
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """S = learned + fixed, with an index of which samples belong to which group.
+
+    Args:
+        learned: What the loop changes: `inputs` (M, *shape), standardised, unclamped; where asked `labels` and `lr`.
+        fixed: What it does not: `labels` (M,) or (M, C), unless they are learned.
+        index: (G, m) sample numbers of each group, padded by repetition where groups have different counts.
+        mask: (G, m), 1 for a sample and 0 for padding.
+    """
+
+    learned: dict[str, Tensor]
+    fixed: dict[str, Tensor]
+    index: Tensor
+    mask: Tensor
+
+    def at(self, learned: dict[str, Tensor]) -> Synthetic:
+        """The same set with other learned numbers: what a gradient is taken through."""
+        return replace(self, learned=learned)
+
+    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs (..., *shape) and labels (..., [C]) of the samples with the given numbers (...)."""
+        labels = self.learned["labels"] if "labels" in self.learned else self.fixed["labels"]
+        return self.learned["inputs"][index], labels[index]
+
+    def by_group(self) -> tuple[Tensor, Tensor]:
+        """Inputs (G, m, *shape) and the mask (G, m) of every group."""
+        return self.take(self.index)[0], self.mask
+
+    def __len__(self) -> int:
+        return len(self.learned["inputs"])
+
+
+def counts_per_group(ipc: int | list[int] | tuple[int, ...], available: Tensor) -> list[int]:
+    """Images per class as a list, one number for each group.
+
+    Args:
+        ipc: One number for all groups, or one for each.
+        available: Training samples per group (G,).
+
+    Raises:
+        PotstillError: A number below one or above its group's size, or the wrong number of numbers.
+    """
+    counts = [ipc] * len(available) if isinstance(ipc, int) else list(ipc)
+    if len(counts) != len(available):
+        raise PotstillError(f"--ipc has {len(counts)} numbers for {len(available)} classes; give one, or one per class")
+    for group, (count, most) in enumerate(zip(counts, available.tolist(), strict=True)):
+        if count < 1:
+            raise PotstillError(f"--ipc {count} is not a number of images; at least 1 per class")
+        if count > most:
+            raise PotstillError(f"--ipc {count} is more than the {most} training samples of class {group}")
+    return counts
+
+
+def group_index(groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Index matrix (G, m) and mask (G, m) of samples with group numbers (M,)."""
+    members = [(groups == g).nonzero().flatten() for g in range(count)]
+    most = max(len(m) for m in members)
+    index = torch.stack([m[torch.arange(most) % len(m)] for m in members])
+    mask = torch.stack([(torch.arange(most) < len(m)).float() for m in members])
+    return index, mask
+
+
+def pick_random(data: Data, counts: list[int], key: Key) -> Tensor:
+    """Numbers of training samples drawn at random without repetition, `counts[g]` of group g, in group order."""
+    picked = []
+    for g, count in enumerate(counts):
+        members = (data.train.groups == g).nonzero().flatten()
+        picked.append(members[key.fold(g).permutation(len(members))[:count]])
+    return torch.cat(picked)
+
+
+def _real(data: Data, counts: list[int], key: Key) -> Tensor:
+    """Random real samples."""
+    return data.prepare(data.train.inputs[pick_random(data, counts, key)])
+
+
+def _noise(data: Data, counts: list[int], key: Key) -> Tensor:
+    """Standard normal noise in the standardised space."""
+    return key.normal(sum(counts), *data.shape)
+
+
+INITIALISERS: dict[str, Callable[[Data, list[int], Key], Tensor]] = {"real": _real, "noise": _noise}
+
+
+def initialise(data: Data, counts: list[int], init: str, key: Key) -> Synthetic:
+    """The set before its first step, with hard labels.
+
+    Args:
+        data: The training data, with what is held out taken away.
+        counts: Samples of each group.
+        init: `real` (random training samples) or `noise` (standard normal).
+        key: Of this draw.
+    """
+    if init not in INITIALISERS:
+        raise unknown("initialiser", init, INITIALISERS)
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    index, mask = group_index(labels, len(counts))
+    return Synthetic({"inputs": INITIALISERS[init](data, counts, key)}, {"labels": labels}, index, mask)
