@@ -150,7 +150,8 @@ def progress_bar(total: int, title: str, start: int) -> Any:
     """A bar with step, loss, rate and time left on standard error."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=title, initial=start, unit="step", dynamic_ncols=True, mininterval=0.2, smoothing=0.1)
+    every = 0.2 if sys.stderr.isatty() else 15.0  # seconds: a log file gets a line now and then
+    return tqdm(total=total, desc=title, initial=start, unit="step", dynamic_ncols=True, mininterval=every, smoothing=0.1)
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -11,9 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import PotstillError, unknown
+from .functional import Key
+from .networks import Network
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 EAGER_FLOPS = 40e9  # a CPU's floating-point operations per second in eager mode; only the choice to compile rests on it
+LARGE = 2e7  # operations of one sample's forward pass: above, bf16 gains and networks are trained one by one
 WORTH = 90.0  # seconds of eager work above which compiling, 20 to 60 s for a graph, is earned back
 
 
@@ -56,8 +59,13 @@ def choose_compile(asked: str, seconds: float, device: str) -> tuple[bool, str]:
     return True, "the run is long enough to earn it back"
 
 
-def choose_precision(asked: str, device: str, images: bool) -> str:
-    """The precision of features and gradients: bfloat16 for images where the hardware multiplies it."""
+def choose_precision(asked: str, device: str, net: Network) -> str:
+    """The precision of features and gradients: bfloat16 where the hardware multiplies it and the network is large enough
+    to gain (on small ones the casts cost more than they save).
+
+    Raises:
+        PotstillError: A word that is not `auto`, `fp32` or `bf16`.
+    """
     if asked not in ("auto", *PRECISIONS):
         raise unknown("precision", asked, ("auto", *PRECISIONS))
     if asked != "auto":
@@ -66,7 +74,13 @@ def choose_precision(asked: str, device: str, images: bool) -> str:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return "bf16" if fast and images else "fp32"
+    return "bf16" if fast and sample_flops(net) > LARGE else "fp32"
+
+
+def sample_flops(net: Network) -> float:
+    """Floating-point operations of one sample's forward pass."""
+    state = net.init(Key(0))
+    return count_flops(lambda: net(state, torch.zeros(1, *net.shape), "stored"))
 
 
 def check_device(device: str) -> str:

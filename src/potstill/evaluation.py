@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from .augment import Augment
-from .compiling import EAGER_FLOPS, PRECISIONS, check_device, choose_compile, choose_precision, compiled, count_flops
+from .compiling import (
+    EAGER_FLOPS,
+    LARGE,
+    PRECISIONS,
+    check_device,
+    choose_compile,
+    choose_precision,
+    compiled,
+    sample_flops,
+)
 from .data import Classification, Data, load_data
 from .errors import PotstillError, unknown
 from .exchange import DistilledSet, load
@@ -26,6 +35,7 @@ from .records import digest, write_json
 from .synthetic import pick_random
 
 Say = Callable[[str], None]
+MANY = 16  # small networks are trained side by side, so many at most
 
 
 @dataclass(frozen=True)
@@ -123,13 +133,14 @@ class Trainer:
         task: Loss and score.
         compile: Whether a step is compiled.
         device: Where.
-        together: Networks trained side by side in one step; 0 chooses.
+        together: Networks trained side by side in one step, one where the network is large, if absent.
     """
 
     def __init__(
-        self, net: Network, protocol: Protocol, task: Classification, compile: bool, device: str, together: int = 0
+        self, net: Network, protocol: Protocol, task: Classification, compile: bool, device: str, together: int | None = None
     ) -> None:
-        self.net, self.protocol, self.task, self.device, self.together = net, protocol, task, device, together
+        self.net, self.protocol, self.task, self.device = net, protocol, task, device
+        self.together = together or (1 if sample_flops(net) > LARGE else MANY)
         self.optimiser = SGD(protocol.lr, protocol.momentum, protocol.weight_decay)
         self._step = compiled(self._update, compile)
         self._logits = compiled(self._predict, compile)
@@ -158,30 +169,24 @@ class Trainer:
         return self.net(state, x, "stored")
 
     def flops(self, samples: int) -> float:
-        """Floating-point operations of training one network, counted."""
+        """Floating-point operations of training one network: forward and twice as much backward."""
         epochs, each = self.protocol.plan(samples)
-        batch = min(self.protocol.batch, samples)
-        x = torch.zeros(1, *self.net.shape)
-        y = torch.zeros(1, dtype=torch.int64)
-        state = self.net.init(Key(0))
-        one = count_flops(lambda: self._one(state, self.optimiser.init(state.params), x, y, torch.tensor(0.0)))
-        return one * batch * epochs * each
+        return 3 * sample_flops(self.net) * min(self.protocol.batch, samples) * epochs * each
 
-    def fit(self, sets: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Key], tick: Callable[[], None]) -> list[State]:
+    def fit(self, sets: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Key], tick: Callable[[int], object]) -> list[State]:
         """Train one network on each set; all sets have the same size.
 
         Args:
             sets: (inputs (M, *shape) prepared, labels (M,) or (M, C)) for each network.
             keys: One for each network.
-            tick: Called after each step.
+            tick: Called after each step with the number of networks that made it.
         """
-        together = self.together or (len(sets) if self.flops(1) / sum(self.protocol.plan(1)[:1]) < 3e7 else 1)
         states: list[State] = []
-        for i in range(0, len(sets), together):
-            states += self._fit(sets[i : i + together], keys[i : i + together], tick)
+        for i in range(0, len(sets), self.together):
+            states += self._fit(sets[i : i + self.together], keys[i : i + self.together], tick)
         return states
 
-    def _fit(self, sets: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Key], tick: Callable[[], None]) -> list[State]:
+    def _fit(self, sets: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Key], tick: Callable[[int], object]) -> list[State]:
         samples = len(sets[0][0])
         batch = min(self.protocol.batch, samples)
         epochs, each = self.protocol.plan(samples)
@@ -199,7 +204,7 @@ class Trainer:
                 drawn = {k: torch.stack([d[k][j, : at.shape[1]] for d in draws]).to(self.device) for k in draws[0]}
                 rate = torch.tensor(self.protocol.rate(epoch * each + j, epochs * each), device=self.device)
                 states, slow, _ = self._step(states, slow, x[rows, at], y[rows, at], drawn, rate)
-                tick()
+                tick(len(sets))
         return [State(*torch.utils._pytree.tree_map(lambda t, r=r: t[r], tuple(states))) for r in range(len(sets))]
 
     def score(self, state: State, inputs: Tensor, labels: Tensor, prepare: Callable[[Tensor], Tensor]) -> float:
@@ -254,7 +259,7 @@ class Judge:
     ) -> Result:
         """Scores on the test data of networks trained on the given sets, one each."""
         net = network(net_name, self.data.shape, self.data.task.outputs)
-        precision = choose_precision(self.precision, self.device, len(self.data.shape) == 3)
+        precision = choose_precision(self.precision, self.device, net)
         net = net.at(PRECISIONS[precision])
         fitted = replace(self.protocol, augment=fitting(self.protocol.augment, self.data.mirror, self.data.shape))
         samples = len(sets[0][0])
@@ -266,7 +271,7 @@ class Judge:
         start = time.perf_counter()
         bar = self.bar(len(sets) * epochs * each, f"{name} on {net.name}") if self.bar else None
         keys = [Key(self.seed).fold("evaluate", r) for r in range(len(sets))]
-        states = trainer.fit(sets, keys, bar.update if bar is not None else lambda: None)
+        states = trainer.fit(sets, keys, bar.update if bar is not None else lambda n: None)
         scores = [trainer.score(s, self.data.test.inputs, self.data.test.labels, prepare) for s in states]
         if bar is not None:
             bar.close()

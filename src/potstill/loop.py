@@ -322,7 +322,7 @@ def prepare(
     """The run bound to its data and the point from which it goes on, its number of steps fixed."""
     recipe = recipe_of(ask, data, say)
     counts = counts_per_group(ask.ipc if isinstance(ask.ipc, int) else list(ask.ipc), data.counts)
-    precision = choose_precision(ask.precision, ask.device, len(data.shape) == 3)
+    precision = choose_precision(ask.precision, ask.device, build_network(recipe.network, data.shape, data.task.outputs))
     found = load_checkpoint(out) if resume else None
     if found is not None:
         pinned, progress = found
@@ -441,7 +441,7 @@ def distill(
     out = Path(out) if out is not None else Path("runs") / f"{data.name}-{name}-{label}-seed{seed}"
     recipe = recipe_of(ask, data, lambda line: None)  # every mistake before the folder is touched
     each = counts_per_group(counts, data.counts)
-    choose_precision(precision, device, True)
+    choose_precision(precision, device, build_network(recipe.network, data.shape, data.task.outputs))
     choose_compile(compile, 0.0, device)
     open_folder(out, resume, force)
 

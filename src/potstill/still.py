@@ -171,5 +171,5 @@ class Still:
         net = network(student, self.data.shape, self.data.task.outputs)
         set_ = self.set(now.learned, 0)
         trainer = Trainer(net, LOOK, self.data.task, False, "cpu")
-        (state,) = trainer.fit([(set_.inputs, set_.labels)], [self.key.fold("look")], lambda: None)
+        (state,) = trainer.fit([(set_.inputs, set_.labels)], [self.key.fold("look")], lambda n: None)
         return {"accuracy": round(trainer.score(state, held.inputs, held.labels, self.data.prepare), 6), "network": student}

@@ -1,0 +1,111 @@
+"""One row per method: what holds for all of them. And recipes as data."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from potstill import recipe as recipes
+from potstill.augment import Augment
+from potstill.errors import PotstillError
+from potstill.methods import CITATIONS, METHODS, PRESETS, cite
+from potstill.testing import CHECKS, check_method, toy
+
+LEARNING = [name for name, make in METHODS.items() if make("paper").objective is not None]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("method", LEARNING)
+def test_contract(method, check):
+    recipe = recipes.change(METHODS[method]("paper"), {"network": "convnet-w8", "student": "convnet-w8"})
+    check(recipe, toy())
+
+
+@pytest.mark.parametrize("method", LEARNING)
+@pytest.mark.parametrize("network", ["convnet-batch-w8", "convnet-none-w8", "mlp-w16"])
+def test_contract_on_other_networks(method, network):
+    check_method(METHODS[method]("small"), network=network)
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_contract_on_other_shapes(method):
+    check_method(METHODS[method]("paper"), toy(shape=(3, 6, 10), sizes=(8, 5)), "convnet-w4")
+    plain = dataclasses.replace(METHODS[method]("paper"), augment=Augment())
+    check_method(plain, toy(shape=(9,)), "mlp-w16")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_round_trips(method, preset, tmp_path):
+    recipe = METHODS[method](preset)
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipes.write(recipe))
+    assert recipes.read(file) == recipe
+    assert recipe.preset == preset and recipe.method == method
+
+
+@pytest.mark.parametrize("method", LEARNING)
+def test_every_method_cites_its_paper(method):
+    assert any(year in cite(method) for year in map(str, range(2018, 2027)))
+    assert method in CITATIONS
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"objective.reel": 4}, "objective.real"),
+        ({"objectiv.real": 4}, "objective"),
+        ({"optimiser.inputs.rate": 4}, "optimiser.inputs"),
+        ({"steps": "many"}, "int is needed"),
+        ({"objective.real": 2.5}, "int is needed"),
+        ({"optimiser.inputs.lr": True}, "float is needed"),
+        ({"objective.kind": "distribusion"}, "distribution"),
+        ({"learn": ["inputs", "labelz"]}, "labelz"),
+        ({"augment.ops": ["flipp"]}, "flip"),
+        ({"init": "reel"}, "real"),
+        ({"steps": -1}, "below 0"),
+        ({"source.size": 0}, "below 1"),
+    ],
+)
+def test_a_wrong_field_is_named(settings, words):
+    with pytest.raises(PotstillError, match=words):
+        recipes.change(METHODS["dm"]("paper"), settings)
+
+
+def test_set_changes_one_field():
+    paper = METHODS["dm"]("paper")
+    changed = recipes.change(paper, {"optimiser.inputs.lr": 3, "objective.real": 8})
+    assert changed.optimiser["inputs"].lr == 3.0 and changed.objective.real == 8
+    assert recipes.change(changed, {"optimiser.inputs.lr": 1.0, "objective.real": 256}) == paper
+
+
+def test_an_adam_recipe_round_trips():
+    kind = {"kind": "adam", "lr": 0.1}
+    recipe = recipes.change(METHODS["dm"]("paper"), {"optimiser.inputs": kind})
+    assert recipe.optimiser["inputs"].beta2 == 0.999
+    assert recipes.from_dict(recipes.to_dict(recipe)) == recipe
+
+
+def test_a_method_from_outside(tmp_path, monkeypatch):
+    module = tmp_path / "outside_method.py"
+    module.write_text("from potstill.methods import dm\nfrom potstill.recipe import change\n"
+                      "def mine(preset):\n    return change(dm(preset), {'method': 'mine'})\n"
+                      "def text(preset):\n    return preset\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert recipes.find("outside_method:mine", "small").method == "mine"
+    with pytest.raises(PotstillError, match="no recipe"):
+        recipes.find("outside_method:text")
+    with pytest.raises(PotstillError, match="cannot be imported"):
+        recipes.find("outside_method:absent")
+
+
+def test_random_is_the_start_of_a_real_initialisation():
+    from potstill.functional import Key
+    from potstill.synthetic import initialise
+
+    data = toy()
+    s = initialise(data, [2, 2, 2], "real", Key(0).fold("init"))
+    prepared = data.prepare(data.train.inputs)
+    for row, label in zip(*s.take(torch.arange(6)), strict=True):
+        matches = (prepared == row).flatten(1).all(1)
+        assert matches.sum() == 1 and data.train.labels[matches].item() == label
