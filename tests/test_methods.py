@@ -88,9 +88,11 @@ def test_an_adam_recipe_round_trips():
 
 def test_a_method_from_outside(tmp_path, monkeypatch):
     module = tmp_path / "outside_method.py"
-    module.write_text("from potstill.methods import dm\nfrom potstill.recipe import change\n"
-                      "def mine(preset):\n    return change(dm(preset), {'method': 'mine'})\n"
-                      "def text(preset):\n    return preset\n")
+    module.write_text(
+        "from potstill.methods import dm\nfrom potstill.recipe import change\n"
+        "def mine(preset):\n    return change(dm(preset), {'method': 'mine'})\n"
+        "def text(preset):\n    return preset\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert recipes.find("outside_method:mine", "small").method == "mine"
     with pytest.raises(PotstillError, match="no recipe"):

@@ -16,7 +16,9 @@ NORMS = ["none", "instance", "batch", "group", "layer"]
 def setting(norm: str = "instance", counts=(2, 2, 2), real=6, augment=None):
     net = network(f"convnet-{norm}-w8-d2", (1, 8, 8), 3)
     state = net.init(Key(0))
-    state = type(state)({k: v.double() for k, v in state.params.items()}, {k: v.double() for k, v in state.buffers.items()})
+    state = type(state)(
+        {k: v.double() for k, v in state.params.items()}, {k: v.double() for k, v in state.buffers.items()}
+    )
     groups = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
     index, mask = group_index(groups, 3)
     inputs = Key(1).normal(len(groups), 1, 8, 8).double()
@@ -70,7 +72,9 @@ def test_dm_does_not_see_repeated_samples():
     objective, s, real, net, draws = setting(counts=(1, 2, 3))
     twice = torch.repeat_interleave(torch.arange(6), 2)
     index, mask = group_index(s.fixed["labels"][twice], 3)
-    again = Synthetic({"inputs": s.learned["inputs"][twice]}, {"labels": s.fixed["labels"][twice]}, index, mask.double())
+    again = Synthetic(
+        {"inputs": s.learned["inputs"][twice]}, {"labels": s.fixed["labels"][twice]}, index, mask.double()
+    )
     once, doubled = value(objective, s, real, net, draws), value(objective, again, real, net, draws)
     assert float(once) == pytest.approx(float(doubled), rel=1e-12)
 

@@ -6,10 +6,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .data import Data, load_data
-    from .loop import Run, distill
     from .errors import PotstillError, Stopped
     from .evaluation import Result, evaluate
     from .exchange import DistilledSet, load
+    from .loop import Run, distill
     from .recipe import Recipe
 
 _HOMES = {

@@ -232,7 +232,7 @@ class Augment:
         # samples that share a transform are channels of one image: G grids, not G n
         images = x.reshape(len(grid), groups * n // len(grid) * channels, h, w)
         warped = F.grid_sample(images, grid, "bilinear", "zeros", self.align_corners).reshape(x.shape)
-        if self.mode == "all" or _WARPS >= set(self.ops):
+        if self.mode == "all" or set(self.ops) <= _WARPS:
             return warped
         # resampling by the identity errs by about 1e-4 at 224 pixels: groups with another operation keep theirs
         acts = torch.stack([u["op"] == i for i, op in enumerate(self.ops) if op in _WARPS]).any(0)

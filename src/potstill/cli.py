@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tomllib
@@ -35,17 +36,29 @@ def parser() -> Parser:
 
     d = add("distill", "Distil a data set and measure the result.")
     d.add_argument("data", help="a name of `potstill list datasets`, or the path of a .npz")
-    d.add_argument("--method", default="dm", help="a name of `potstill list methods`, or package.module:recipe (default: dm)")
+    d.add_argument(
+        "--method", default="dm", help="a name of `potstill list methods`, or package.module:recipe (default: dm)"
+    )
     d.add_argument("--ipc", default="1", metavar="N|N1,N2,...", help="images per class (default: 1)")
     d.add_argument("--steps", type=int, help="length of the run in steps, with the paper's numbers")
     d.add_argument("--minutes", type=float, help="length of the run in minutes: compiling and loop, not evaluation")
     d.add_argument("--preset", help="paper or small")
     d.add_argument("--network", help="what the set is learned with and judged with, such as convnet-batch-w64")
     d.add_argument("--init", help="real or noise")
-    d.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="a recipe field, such as optimiser.inputs.lr=2.0")
-    d.add_argument("--recipe", type=Path, metavar="FILE", help="a recipe as `potstill show` prints it, in place of --method")
+    d.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="a recipe field, such as optimiser.inputs.lr=2.0",
+    )
+    d.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="a recipe as `potstill show` prints it, in place of --method"
+    )
     d.add_argument("--seed", type=int, default=0)
-    d.add_argument("--holdout", type=float, default=0.1, help="share of the training data kept for looks (default: 0.1)")
+    d.add_argument(
+        "--holdout", type=float, default=0.1, help="share of the training data kept for looks (default: 0.1)"
+    )
     d.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA-METHOD-ipcN-seedS)")
     d.add_argument("--resume", action="store_true", help="continue the run in the folder")
     d.add_argument("--force", action="store_true", help="start again in a folder that holds a run")
@@ -61,7 +74,9 @@ def parser() -> Parser:
     e.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     for p in (d, e):
         p.add_argument("--repeats", type=int, default=5, help="fresh networks for each number (default: 5)")
-        p.add_argument("--data-root", type=Path, metavar="DIR", help="folder of downloaded data (default: $POTSTILL_DATA)")
+        p.add_argument(
+            "--data-root", type=Path, metavar="DIR", help="folder of downloaded data (default: $POTSTILL_DATA)"
+        )
         p.add_argument("--device", default="cpu")
         p.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
         p.add_argument("--compile", default="auto", help="auto, on or off")
@@ -74,6 +89,11 @@ def parser() -> Parser:
     s = add("cite", "The paper that a method comes from.")
     s.add_argument("method")
     return top
+
+
+def say(line: str) -> None:
+    """A line for the user, at once also where the output is a file."""
+    print(line, flush=True)
 
 
 def counts_of(text: str) -> int | list[int]:
@@ -109,7 +129,7 @@ def _distill(args: argparse.Namespace) -> None:
              "compile", "resume", "force", "repeats")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     run = distill(args.data, method, ipc=counts_of(args.ipc), settings=settings_of(args.set), **options,
-                  evaluate=not args.no_evaluate, say=print, bar=progress_bar)  # fmt: skip
+                  evaluate=not args.no_evaluate, say=say, bar=progress_bar)  # fmt: skip
     if run.record["results"]:
         print()
         print(table(run.record["results"]))
@@ -128,7 +148,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     results = evaluate(
         args.sets, args.data, networks=words(args.networks), protocol=args.protocol, baselines=words(args.baselines),
         repeats=args.repeats, seed=args.seed, data_root=args.data_root, device=args.device, compile=args.compile,
-        precision=args.precision, say=print, bar=lambda n, title: progress_bar(n, title, 0),
+        precision=args.precision, say=say, bar=progress_bar,
     )  # fmt: skip
     rows = [asdict(r) for r in results]
     if args.json:
@@ -151,19 +171,23 @@ def progress_bar(total: int, title: str, start: int) -> Any:
     from tqdm import tqdm
 
     every = 0.2 if sys.stderr.isatty() else 15.0  # seconds: a log file gets a line now and then
-    return tqdm(total=total, desc=title, initial=start, unit="step", dynamic_ncols=True, mininterval=every, smoothing=0.1)
+    return tqdm(
+        total=total, desc=title, initial=start, unit="step", dynamic_ncols=True, mininterval=every, smoothing=0.1
+    )
 
 
 def _list(args: argparse.Namespace) -> None:
     from .data import LOADERS
-    from .evaluation import PROTOCOLS
     from .methods import METHODS
     from .networks import NETWORKS
+    from .training import PROTOCOLS
 
-    tables = {"methods": METHODS, "datasets": LOADERS, "networks": NETWORKS}
+    tables: dict[str, dict[str, Any]] = {"methods": METHODS, "datasets": LOADERS, "networks": NETWORKS}
     if args.what == "protocols":
         for p in PROTOCOLS.values():
-            print(f"{p.name:15} {p.epochs} epochs, SGD {p.lr:g}, batch {p.batch}, augmentation {p.augment}, hash {p.hash}")
+            print(
+                f"{p.name:15} {p.epochs} epochs, SGD {p.lr:g}, batch {p.batch}, augmentation {p.augment}, hash {p.hash}"
+            )
     elif args.what in tables:
         for name, made in tables[args.what].items():
             print(f"{name:15} {(made.__doc__ or '').strip().splitlines()[0]}")
@@ -185,6 +209,7 @@ def _cite(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if all went well, 2 for a user's mistake, 1 for a run that stopped, 130 for Ctrl-C."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a GPU's tools on a CPU's machine
     try:
         args = parser().parse_args(arguments)
         {"distill": _distill, "evaluate": _evaluate, "list": _list, "show": _show, "cite": _cite}[args.command](args)
@@ -202,5 +227,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `potstill list methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,20 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat1
 EAGER_FLOPS = 40e9  # a CPU's floating-point operations per second in eager mode; only the choice to compile rests on it
 LARGE = 2e7  # operations of one sample's forward pass: above, bf16 gains and networks are trained one by one
 WORTH = 90.0  # seconds of eager work above which compiling, 20 to 60 s for a graph, is earned back
+
+
+def keep_memory() -> None:
+    """Let the C library reuse freed memory rather than give it back to the system and fetch it again.
+
+    A step frees and takes the same hundreds of megabytes again and again; with glibc's defaults every such block is
+    mapped anew and its pages cleared (measured: 1.7 times the time of a forward pass). No effect on other systems.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass
 
 
 def count_flops(function: Callable[[], Any]) -> float:
@@ -48,7 +63,9 @@ def choose_compile(asked: str, seconds: float, device: str) -> tuple[bool, str]:
     missing = device == "cpu" and not has_compiler()
     if asked == "on":
         if missing:
-            raise PotstillError("--compile on needs a C++ compiler (g++ or clang++) on the PATH; --compile off does without")
+            raise PotstillError(
+                "--compile on needs a C++ compiler (g++ or clang++) on the PATH; --compile off does without"
+            )
         return True, "asked for"
     if asked == "off":
         return False, "asked for"

@@ -7,11 +7,11 @@ Loaders find shape, channels, classes, mean and standard deviation by themselves
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import socket
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,14 +85,20 @@ class Standardise:
         """Mean and standard deviation of inputs (N, C, H, W) or (N, F), exact, without a copy of them in float."""
         trailing = raw.ndim - 2
         axes = [0, *range(2, raw.ndim)]
+        # float64 sums of differences from one value of the channel: nothing cancels, and a constant gives exactly 0
+        first = raw[:1].flatten(2)[:, :, :1].double() if trailing else raw[:1].double()
+        first = first.view(1, -1, *(1,) * trailing)
         total, square, count = 0.0, 0.0, raw.numel() // raw.shape[1]
-        for part in raw.split(4096):  # float64 sums of parts: no rounding to speak of
-            part = part.double() / scale
+        for part in raw.split(4096):
+            part = (part.double() - first) / scale
             total, square = total + part.sum(axes), square + part.square().sum(axes)
-        mean = torch.as_tensor(total / count)
-        std = (torch.as_tensor(square / count) - mean.square()).clamp(min=0).sqrt()
-        std = torch.where(std > 1e-6, std, torch.ones_like(std))
-        return cls(tuple(round(v, 6) for v in mean.tolist()), tuple(round(v, 6) for v in std.tolist()), trailing)
+        shift = torch.as_tensor(total / count)
+        std = (torch.as_tensor(square / count) - shift.square()).clamp(min=0).sqrt()
+        mean = shift + first.flatten() / scale
+        std = torch.where(std > 1e-6 * mean.abs(), std, torch.ones_like(std))  # less is the rounding of float32
+        places = [max(6, 4 - math.floor(math.log10(v))) for v in std.tolist()]  # small units keep their digits
+        means, stds = (tuple(map(round, column.tolist(), places)) for column in (mean, std))
+        return cls(means, stds, trailing)
 
 
 @dataclass(frozen=True)
@@ -238,7 +244,10 @@ class Data:
         strange = np.setdiff1d(raw_test, values)
         if len(strange):
             raise PotstillError(f"{name}: y_test has classes that y_train lacks: {', '.join(map(str, strange[:5]))}")
-        names = tuple(str(v) for v in (values if class_names is None else class_names))
+        names = tuple(
+            v.decode(errors="replace") if isinstance(v, bytes) else str(v)
+            for v in (values if class_names is None else class_names)
+        )
         if len(names) != len(values):
             raise PotstillError(f"{name}: {len(names)} class names for {len(values)} classes")
         scale = scale or (255.0 if train_x.dtype == torch.uint8 else 1.0)
@@ -268,19 +277,34 @@ def _hash(*splits: Split) -> str:
     return digest.hexdigest()
 
 
-def _inputs(x: Any, what: str) -> Tensor:
-    """An array as a tensor (N, C, H, W) or (N, F), checked."""
-    array = x.numpy(force=True) if isinstance(x, Tensor) else np.asarray(x)
+def _array(x: Any, what: str) -> np.ndarray:
+    """What a user has, as an array."""
+    if isinstance(x, Tensor):
+        return (x.float() if x.dtype == torch.bfloat16 else x).numpy(force=True)
+    try:
+        return np.asarray(x)
+    except ValueError as error:  # rows of different lengths
+        raise PotstillError(f"{what} is no regular array ({first_line(error)})") from error
+
+
+def numbers(x: Any, what: str) -> np.ndarray:
+    """Raw inputs as the library keeps them: bytes stay bytes (true and false are 255 and 0), all else is float32."""
+    array = _array(x, what)
     if array.dtype.kind not in "uifb":
         raise PotstillError(f"{what} has elements of type {array.dtype}; numbers are needed")
     if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
-    if array.dtype.kind in "iu" and array.dtype != np.uint8:
-        array = array.astype(np.float32)
-    if array.dtype == np.float64 or array.dtype == np.float16:
-        array = array.astype(np.float32)
+        return array.astype(np.uint8) * 255
+    with np.errstate(over="ignore"):  # becomes infinity, which is refused by name where it matters
+        return array if array.dtype in (np.uint8, np.float32) else array.astype(np.float32)
+
+
+def _inputs(x: Any, what: str) -> Tensor:
+    """An array as a tensor (N, C, H, W) or (N, F), checked."""
+    array = numbers(x, what)
     if array.ndim not in (2, 3, 4) or 0 in array.shape:
-        raise PotstillError(f"{what} has shape {array.shape}; (N, F), (N, H, W), (N, C, H, W) or (N, H, W, C) is needed")
+        raise PotstillError(
+            f"{what} has shape {array.shape}; (N, F), (N, H, W), (N, C, H, W) or (N, H, W, C) is needed"
+        )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         row = int(np.nonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))[0][0])
         raise PotstillError(f"{what} has a value that is not finite (NaN or infinity), first in sample {row}")
@@ -295,11 +319,11 @@ def _inputs(x: Any, what: str) -> Tensor:
             )
         if last < first:
             array = array.transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _labels(y: Any, what: str, n: int) -> np.ndarray:
-    array = y.numpy(force=True) if isinstance(y, Tensor) else np.asarray(y)
+    array = _array(y, what)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.dtype.kind == "f" and np.isfinite(array).all() and (array == np.round(array)).all():
@@ -332,7 +356,9 @@ def _torchvision(kind: str, name: str, mirror: bool) -> Callable[[Path], Data]:
         try:
             try:
                 parts = [maker(root, train=train, download=False) for train in (True, False)]
-            except RuntimeError:  # torchvision's word for "not there"
+            except RuntimeError as error:
+                if "not found" not in str(error):  # torchvision's words for "not there"; else a damaged file
+                    raise
                 if raw.is_dir() and any(raw.iterdir()) and not os.access(raw, os.W_OK):
                     raise
                 _download(lambda: maker(root, train=True, download=True), name, raw)
@@ -341,7 +367,7 @@ def _torchvision(kind: str, name: str, mirror: bool) -> Callable[[Path], Data]:
             raise
         except Exception as error:  # whatever a damaged file makes the reader raise
             raise PotstillError(
-                f"{name} in {shown(root)} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:120]}); "
+                f"{name} in {shown(root)} cannot be read ({type(error).__name__}: {first_line(error)}); "
                 f"remove {shown(raw)} and run again, or put whole files there"
             ) from error
         (x, y), (tx, ty) = ((p.data.numpy(), p.targets.numpy()) for p in parts)
@@ -360,7 +386,7 @@ def _download(fetch: Callable[[], Any], name: str, folder: Path, patience: float
     def run() -> None:
         try:
             fetch()
-        except BaseException as error:  # handed to the waiting thread
+        except BaseException as error:  # noqa: BLE001  (handed to the waiting thread)
             problem.append(error)
 
     def size() -> int:
@@ -391,16 +417,19 @@ def _npz(path: Path) -> Data:
     """A `.npz` with x_train, y_train, x_test, y_test."""
     wanted = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             missing = [w for w in wanted if w not in file.files]
             if missing:
-                raise PotstillError(f"{path.name} lacks {', '.join(missing)}; it has {', '.join(file.files) or 'nothing'}")
+                raise PotstillError(
+                    f"{path.name} lacks {', '.join(missing)}; it has {', '.join(file.files) or 'nothing'}"
+                )
             arrays = [file[w] for w in wanted]
-    except PotstillError as error:
-        raise error
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        what = str(error).splitlines()[0][:120]
-        raise PotstillError(f"{path.name} is not a whole .npz of plain arrays ({type(error).__name__}: {what})") from error
+    except PotstillError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise PotstillError(
+            f"{path.name} is not a whole .npz of plain arrays ({type(error).__name__}: {first_line(error)})"
+        ) from error
     return Data.from_arrays(*arrays, name=path.stem)
 
 
@@ -411,11 +440,17 @@ LOADERS: dict[str, Callable[[Path], Data]] = {
 }
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, cut short; empty where it has none."""
+    return next(iter(str(error).splitlines()), "")[:120]
+
+
 def shown(path: Path) -> str:
     """A path as messages and records may show it: the data root prints as $POTSTILL_DATA."""
     root = os.environ.get(DATA_ROOT)
-    text = str(path)
-    return text.replace(str(Path(root)), f"${DATA_ROOT}", 1) if root else text
+    if not root or not path.is_relative_to(Path(root).expanduser()):
+        return str(path)
+    return str(f"${DATA_ROOT}" / path.relative_to(Path(root).expanduser()))
 
 
 def load_data(source: str | Path, root: str | Path | None = None) -> Data:

@@ -16,83 +16,23 @@ from torch import Tensor
 from .augment import Augment
 from .compiling import (
     EAGER_FLOPS,
-    LARGE,
     PRECISIONS,
     check_device,
     choose_compile,
     choose_precision,
-    compiled,
-    sample_flops,
+    keep_memory,
 )
-from .data import Classification, Data, load_data
+from .data import Data, load_data
 from .errors import PotstillError, unknown
 from .exchange import DistilledSet, load
-from .functional import SGD, Key, Tree
+from .functional import Key
 from .measure import peak_bytes, reset_peak
-from .methods import DSA
-from .networks import Network, State, blend, network
+from .networks import network
 from .records import digest, write_json
 from .synthetic import pick_random
+from .training import PROTOCOLS, Protocol, Trainer
 
 Say = Callable[[str], None]
-MANY = 16  # small networks are trained side by side, so many at most
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How networks are trained on a set. Frozen; its hash stands beside every number.
-
-    Args:
-        name: What `--protocol` calls it.
-        epochs: Passes over the set.
-        steps: At least so many steps: more passes where the set is small.
-        batch: Samples per step, all of them where the set is smaller.
-        lr: Learning rate of SGD.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
-        schedule: `drop` (a tenth of the rate after half of the steps) or `cycle` (up to the rate over a fifth of the
-            steps, then down to nothing, both linear).
-        augment: Drawn anew for every step; the operation per step, its parameters per sample.
-    """
-
-    name: str
-    epochs: int
-    steps: int = 0
-    batch: int = 256
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: str = "drop"
-    augment: Augment = Augment()
-
-    @property
-    def hash(self) -> str:
-        """Eight hexadecimal digits; two numbers may be compared where it is the same."""
-        return digest(asdict(self))
-
-    def plan(self, samples: int) -> tuple[int, int]:
-        """Epochs, and steps in each. A partial batch is kept where a set has few batches, left out elsewhere."""
-        full, rest = divmod(samples, self.batch)
-        each = full + (rest > 0) if full < 10 else full
-        return max(self.epochs, -(-self.steps // each)), each
-
-    def rate(self, step: int, total: int) -> float:
-        """Learning rate of a step."""
-        if self.schedule == "drop":
-            return self.lr if step < (total + 1) // 2 else 0.1 * self.lr
-        rise = 0.2 * total
-        return self.lr * min((step + 1) / rise, (total - step) / (total - rise))
-
-
-PROTOCOLS: dict[str, Protocol] = {
-    p.name: p
-    for p in (
-        Protocol("dc", epochs=300),
-        Protocol("dsa", epochs=1000, augment=DSA),
-        Protocol("whole", epochs=10, steps=600, batch=128, lr=0.05, schedule="cycle"),
-    )
-}
-LOOK = Protocol("look", epochs=200)  # what a run looks at held-out accuracy with: short, no augmentation
 
 
 @dataclass(frozen=True)
@@ -124,101 +64,6 @@ class Result:
     peak_bytes: int
 
 
-class Trainer:
-    """Trains networks of one kind by one protocol, several at once where each is small.
-
-    Args:
-        net: The network.
-        protocol: How it is trained.
-        task: Loss and score.
-        compile: Whether a step is compiled.
-        device: Where.
-        together: Networks trained side by side in one step, one where the network is large, if absent.
-    """
-
-    def __init__(
-        self, net: Network, protocol: Protocol, task: Classification, compile: bool, device: str, together: int | None = None
-    ) -> None:
-        self.net, self.protocol, self.task, self.device = net, protocol, task, device
-        self.together = together or (1 if sample_flops(net) > LARGE else MANY)
-        self.optimiser = SGD(protocol.lr, protocol.momentum, protocol.weight_decay)
-        self._step = compiled(self._update, compile)
-        self._logits = compiled(self._predict, compile)
-
-    def _one(self, state: State, slow: Tree, x: Tensor, y: Tensor, rate: Tensor) -> tuple[State, Tree, Tensor]:
-        def loss(params: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-            logits, seen = self.net.forward(State(params, state.buffers), x, "batch")
-            value = self.task.loss(logits, y)
-            return value, (value, seen)
-
-        grads, (value, seen) = torch.func.grad(loss, has_aux=True)(state.params)
-        params, slow = self.optimiser.update(state.params, grads, slow, rate)
-        return State(params, blend(state.buffers, seen)), slow, value
-
-    def _update(self, states: Tree, slow: Tree, x: Tensor, y: Tensor, draws: Tree, rate: Tensor) -> Tree:
-        """One step of the networks side by side; every leaf has a leading axis for them."""
-        x = self.protocol.augment(x, draws)
-        if len(x) > 1:
-            state, slow, value = torch.vmap(self._one, in_dims=(0, 0, 0, 0, None))(states, slow, x, y, rate)
-            return state, slow, value
-        first = torch.utils._pytree.tree_map(lambda t: t[0], (states, slow))
-        out = self._one(first[0], first[1], x[0], y[0], rate)
-        return torch.utils._pytree.tree_map(lambda t: t[None], out)
-
-    def _predict(self, state: State, x: Tensor) -> Tensor:
-        return self.net(state, x, "stored")
-
-    def flops(self, samples: int) -> float:
-        """Floating-point operations of training one network: forward and twice as much backward."""
-        epochs, each = self.protocol.plan(samples)
-        return 3 * sample_flops(self.net) * min(self.protocol.batch, samples) * epochs * each
-
-    def fit(self, sets: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Key], tick: Callable[[int], object]) -> list[State]:
-        """Train one network on each set; all sets have the same size.
-
-        Args:
-            sets: (inputs (M, *shape) prepared, labels (M,) or (M, C)) for each network.
-            keys: One for each network.
-            tick: Called after each step with the number of networks that made it.
-        """
-        states: list[State] = []
-        for i in range(0, len(sets), self.together):
-            states += self._fit(sets[i : i + self.together], keys[i : i + self.together], tick)
-        return states
-
-    def _fit(self, sets: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Key], tick: Callable[[int], object]) -> list[State]:
-        samples = len(sets[0][0])
-        batch = min(self.protocol.batch, samples)
-        epochs, each = self.protocol.plan(samples)
-        made = [self.net.init(key.fold("weights")) for key in keys]
-        states = State(*torch.utils._pytree.tree_map(lambda *t: torch.stack(t).to(self.device), *map(tuple, made)))
-        slow = self.optimiser.init(states.params)
-        x, y = (torch.stack([s[j] for s in sets]).to(self.device) for j in (0, 1))
-        rows = torch.arange(len(sets))[:, None]
-        for epoch in range(epochs):
-            draws = [self.protocol.augment.draws(key.fold("augment", epoch), each, batch) for key in keys]
-            order = torch.stack([key.fold("order", epoch).permutation(samples) for key in keys])
-            for j in range(each):
-                at = order[:, j * batch : (j + 1) * batch]
-                # the operation is drawn per step (1), its parameters per sample (batch)
-                drawn = {k: torch.stack([d[k][j, : at.shape[1]] for d in draws]).to(self.device) for k in draws[0]}
-                rate = torch.tensor(self.protocol.rate(epoch * each + j, epochs * each), device=self.device)
-                states, slow, _ = self._step(states, slow, x[rows, at], y[rows, at], drawn, rate)
-                tick(len(sets))
-        return [State(*torch.utils._pytree.tree_map(lambda t, r=r: t[r], tuple(states))) for r in range(len(sets))]
-
-    def score(self, state: State, inputs: Tensor, labels: Tensor, prepare: Callable[[Tensor], Tensor]) -> float:
-        """The task's score on raw inputs (N, *shape), in batches of one static size."""
-        batch = min(500, len(inputs))
-        parts = []
-        with torch.no_grad():
-            for start in range(0, len(inputs), batch):
-                at = torch.arange(start, start + batch).clamp(max=len(inputs) - 1)  # the last batch repeats its end
-                logits = self._logits(state, prepare(inputs[at]).to(self.device))
-                parts.append(logits[: len(inputs) - start].cpu())
-        return self.task.score(torch.cat(parts), labels)
-
-
 def fitting(augment: Augment, data_mirror: bool, shape: tuple[int, ...]) -> Augment:
     """An augmentation without what the data do not bear: mirroring digits, moving vectors."""
     if len(shape) != 3:
@@ -245,7 +90,7 @@ class Judge:
     compile: str = "auto"
     precision: str = "auto"
     say: Say = lambda line: None
-    bar: Callable[[int, str], Any] | None = None
+    bar: Callable[[int, str, int], Any] | None = None
 
     def judge(
         self,
@@ -269,7 +114,7 @@ class Judge:
         epochs, each = fitted.plan(samples)
         reset_peak(self.device)
         start = time.perf_counter()
-        bar = self.bar(len(sets) * epochs * each, f"{name} on {net.name}") if self.bar else None
+        bar = self.bar(len(sets) * epochs * each, f"{name} on {net.name}", 0) if self.bar else None
         keys = [Key(self.seed).fold("evaluate", r) for r in range(len(sets))]
         states = trainer.fit(sets, keys, bar.update if bar is not None else lambda n: None)
         scores = [trainer.score(s, self.data.test.inputs, self.data.test.labels, prepare) for s in states]
@@ -330,7 +175,9 @@ class Judge:
             pass  # not there, or of an older form: measured again
         seconds = Trainer(net, whole.protocol, self.data.task, False, "cpu").flops(len(train)) / EAGER_FLOPS
         if affordable is not None and seconds > affordable:
-            self.say(f"whole set: not measured, about {seconds / 60:.0f} min here; --baselines random,whole measures it")
+            self.say(
+                f"whole set: not measured, about {seconds / 60:.0f} min here; --baselines random,whole measures it"
+            )
             return None
         pair = (self.data.prepare(train.inputs), train.labels)
         result = whole.judge("whole training set", "whole", None, [pair], self.data.prepare, net_name)
@@ -371,7 +218,7 @@ def evaluate(
     precision: str = "auto",
     affordable: float | None = None,
     say: Say = lambda line: None,
-    bar: Callable[[int, str], Any] | None = None,
+    bar: Callable[[int, str, int], Any] | None = None,
 ) -> list[Result]:
     """Train fresh networks on sets and read their accuracy on the test data.
 
@@ -389,7 +236,7 @@ def evaluate(
         precision: `auto`, `fp32` or `bf16`.
         affordable: Leave out the whole set where it would take longer than so many seconds.
         say: Receives lines for the user.
-        bar: Makes a progress bar of a length and a title.
+        bar: Makes a progress bar of a length, a title and a start.
 
     Returns:
         A result for each set, network and baseline, in this order.
@@ -406,8 +253,12 @@ def evaluate(
         if b not in BASELINES:
             raise unknown("baseline", b, BASELINES)
     check_device(device)
+    keep_memory()
     several = [sets] if isinstance(sets, DistilledSet | str | Path) else list(sets)
-    loaded = [(s if isinstance(s, DistilledSet) else load(s), "this set" if isinstance(s, DistilledSet) else str(s)) for s in several]
+    loaded = [
+        (s if isinstance(s, DistilledSet) else load(s), "this set" if isinstance(s, DistilledSet) else str(s))
+        for s in several
+    ]
     known: dict[str, Data] = {}
     work = []
     for set_, name in loaded:  # all mistakes before any training
@@ -420,7 +271,9 @@ def evaluate(
         names = list(networks) or [set_.meta.student]
         for n in names:
             network(n, source.shape, source.task.outputs)
-        judge = Judge(source, protocol_of(protocol or set_.meta.protocol), repeats, seed, device, compile, precision, say, bar)
+        judge = Judge(
+            source, protocol_of(protocol or set_.meta.protocol), repeats, seed, device, compile, precision, say, bar
+        )
         work.append((set_, name, names, judge))
     results = []
     for set_, name, names, judge in work:

@@ -14,10 +14,10 @@ from safetensors.torch import save as encode
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data import Data, Standardise
+from .data import Data, Standardise, first_line, numbers
 from .errors import PotstillError
-from .records import write_whole
 from .recipe import Recipe, to_dict
+from .records import write_whole
 
 FORMAT = 1
 HEADER = "potstill"  # one key: safetensors does not keep the order of several, and the same set must be the same bytes
@@ -110,14 +110,16 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             raw: (*shape) or (N, *shape), array or tensor, in the type of the source data. A grey image (H, W), and
                 images (H, W, C) whose channels are last, as PIL gives them, are turned round.
         """
-        x = torch.as_tensor(raw)
-        if len(self.shape) == 3 and tuple(x.shape) in (self.shape[1:], (*self.shape[1:], self.shape[0])):
+        x = torch.from_numpy(numbers(raw, "raw").astype("float32"))
+        if tuple(x.shape) == self.shape:
+            pass
+        elif len(self.shape) == 3 and tuple(x.shape) in (self.shape[1:], (*self.shape[1:], self.shape[0])):
             x = x[None] if x.ndim == 2 else x.permute(2, 0, 1)
         elif len(self.shape) == 3 and self.shape[0] == 1 and x.ndim == 3 and x.shape[1:] == self.shape[1:]:
-            x = x[:, None] if x.shape != self.shape else x
+            x = x[:, None]
         if tuple(x.shape[-len(self.shape) :]) != self.shape:
             raise PotstillError(f"inputs of shape {tuple(x.shape)} do not fit a set of {self.shape}")
-        return self.standardise.apply(x.float() / self.meta.scale)
+        return self.standardise.apply(x / self.meta.scale)
 
     @property
     def images(self) -> Tensor:
@@ -178,18 +180,31 @@ def load(path: str | Path) -> DistilledSet:
     try:
         if header.pop("format") != FORMAT:
             raise PotstillError(f"{file} has a format that this version of potstill does not know; a newer one does")
-        meta = Meta(**header)
-        inputs, labels = tensors["inputs"], tensors["labels"]
-    except (KeyError, TypeError) as error:
+        made = DistilledSet(tensors["inputs"], tensors["labels"], Meta(**header), tensors.get("lr"))
+        _check(made, file)
+    except (KeyError, TypeError, AttributeError) as error:
         raise PotstillError(f"{file} is no distilled set: {error}") from error
-    if len(inputs) != len(labels) or len(inputs) != sum(meta.ipc) or not inputs.is_floating_point():
-        raise PotstillError(f"{file} is damaged: {tuple(inputs.shape)} inputs, {tuple(labels.shape)} labels, ipc {meta.ipc}")
-    if not inputs.isfinite().all():
+    return made
+
+
+def _check(made: DistilledSet, file: Path) -> None:
+    """Refuse a set whose parts do not fit each other."""
+    inputs, labels, meta = made.inputs, made.labels, made.meta
+    sizes = {len(inputs), len(labels), sum(meta.ipc)}
+    classes = len(meta.class_names)
+    if len(sizes) > 1 or 0 in sizes or len(meta.ipc) != classes or inputs.ndim < 2 or not inputs.is_floating_point():
+        raise PotstillError(
+            f"{file} is damaged: {tuple(inputs.shape)} inputs, {tuple(labels.shape)} labels, ipc {meta.ipc}"
+        )
+    if not all(t.isfinite().all() for t in (inputs, labels, made.lr) if t is not None):
         raise PotstillError(f"{file} holds values that are not finite")
-    top = labels.shape[-1] - 1 if labels.ndim == 2 else int(labels.max())
-    if top >= len(meta.class_names) or (labels.ndim == 1 and int(labels.min()) < 0):
-        raise PotstillError(f"{file} has labels outside its {len(meta.class_names)} classes")
-    return DistilledSet(inputs, labels, meta, tensors.get("lr"))
+    hard = labels.dtype == torch.int64 and labels.ndim == 1 and 0 <= int(labels.min()) <= int(labels.max()) < classes
+    soft = labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] == classes
+    if not hard and not soft:
+        raise PotstillError(f"{file} has labels outside its {classes} classes")
+    columns = {len(made.standardise.mean), len(made.standardise.std)}
+    if columns != {made.shape[0]} or made.standardise.trailing != inputs.ndim - 2:
+        raise PotstillError(f"{file} has a transform that does not fit inputs of shape {made.shape}")
 
 
 def read_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -202,10 +217,10 @@ def read_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         content = file.read_bytes()
         tensors = decode(content)
         size = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
         header = json.loads(metadata[HEADER])
     except (SafetensorError, ValueError, OSError) as error:
-        raise PotstillError(f"{file} is damaged or no safetensors file ({str(error).splitlines()[0][:100]})") from error
+        raise PotstillError(f"{file} is damaged or no safetensors file ({first_line(error)})") from error
     except KeyError as error:
         raise PotstillError(f"{file} is a safetensors file but no {kind} of potstill's") from error
     if not isinstance(header, dict):

@@ -172,7 +172,7 @@ class Adam:
         mean = tree_map(lambda m, g: self.beta1 * m + (1 - self.beta1) * g, state["mean"], grads)
         square = tree_map(lambda v, g: self.beta2 * v + (1 - self.beta2) * g * g, state["square"], grads)
         fix1 = 1 - torch.exp(count * math.log(self.beta1)) if self.beta1 else torch.ones_like(count)
-        fix2 = 1 - torch.exp(count * math.log(self.beta2))
+        fix2 = 1 - torch.exp(count * math.log(self.beta2)) if self.beta2 else torch.ones_like(count)
 
         def step(p: Tensor, m: Tensor, v: Tensor) -> Tensor:
             return p - rate * (m / fix1.to(p.dtype)) / ((v / fix2.to(p.dtype)).sqrt() + self.eps)
@@ -181,4 +181,4 @@ class Adam:
 
 
 Optimiser = SGD | Adam
-OPTIMISERS: dict[str, type[SGD] | type[Adam]] = {"sgd": SGD, "adam": Adam}
+OPTIMISERS: dict[str, type[SGD | Adam]] = {"sgd": SGD, "adam": Adam}

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as encode
-from torch import Tensor
 
-from . import records
-from .compiling import EAGER_FLOPS, check_device, choose_compile, choose_precision, count_flops
+from .checkpoint import Ask, Progress, check_same, load_checkpoint, open_folder, save_checkpoint
+from .compiling import EAGER_FLOPS, check_device, choose_compile, choose_precision, count_flops, keep_memory
 from .data import Data, load_data
 from .errors import PotstillError, Stopped, unknown
 from .evaluation import BASELINES, fitting, protocol_of
 from .evaluation import evaluate as evaluate_sets
-from .exchange import HEADER, DistilledSet, describe_set, pack, read_tensors, unpack
+from .exchange import DistilledSet, describe_set
 from .functional import Key
 from .measure import Clock, cost, reset_peak
 from .methods import METHODS, PRESETS
 from .networks import network as build_network
-from .recipe import Recipe, change, from_dict, to_dict
-from .still import Now, Settings, Still
-from .synthetic import counts_per_group, initialise, pick_random
+from .outcome import record_of, write
+from .recipe import Recipe, change, from_dict
+from .still import Settings, Still
+from .synthetic import counts_per_group, initialise
 
-FORMAT = 1
 SAVE_EVERY = 30.0  # seconds between checkpoints; they change no number
 DIVERGED = 1e3  # a loss so many times the largest of the first ten has run away
 SNAPSHOTS = 8  # beside the start
 SHOWN = 100  # images in a snapshot
 AFFORDABLE = 60.0  # seconds: a whole-set reference that takes longer is left to those who ask for it
-OURS = ("set.safetensors", "checkpoint.safetensors", "snapshots.safetensors", "record.json", "grid.png", "report.html")
 
 
 @dataclass(frozen=True)
@@ -53,39 +48,6 @@ class Run:
     set: DistilledSet
     record: dict[str, Any]
     out: Path
-
-
-@dataclass
-class Progress:
-    """How far a run is. Step and state are one tuple, so that an interrupt never finds one without the other."""
-
-    at: tuple[int, Now]
-    losses: Tensor
-    looks: list[dict[str, Any]] = field(default_factory=list)
-    snapshots: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def step(self) -> int:
-        return self.at[0]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What the user asked for, as the command line has it; see `distill`."""
-
-    method: str | Recipe = "dm"
-    ipc: int | Sequence[int] = 1
-    steps: int | None = None
-    minutes: float | None = None
-    preset: str | None = None
-    network: str | None = None
-    init: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    holdout: float = 0.1
-    device: str = "cpu"
-    precision: str = "auto"
-    compile: str = "auto"
 
 
 def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
@@ -110,7 +72,11 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
             raise unknown("preset", preset, PRESETS)
         recipe = METHODS[ask.method](preset)
         if not ask.preset and recipe.objective is not None:
-            why = "--steps asks for the paper's numbers" if preset == "paper" else "a CPU's; --preset paper for the paper's"
+            why = (
+                "--steps asks for the paper's numbers"
+                if preset == "paper"
+                else "a CPU's; --preset paper for the paper's"
+            )
             say(f"preset {preset} ({why})")
     settings = dict(ask.settings)
     if ask.network:
@@ -136,98 +102,6 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
     return recipe
 
 
-def open_folder(out: Path, resume: bool, force: bool) -> None:
-    """Make the run's folder, or see that an existing one may be used.
-
-    Raises:
-        PotstillError: It holds something else, or a run that was not to be continued.
-    """
-    if out.exists() and not out.is_dir():
-        raise PotstillError(f"--out {out} is a file; a folder is needed")
-    inside = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-    foreign = [n for n in inside if n not in OURS and not n.startswith(tuple(f".{o}." for o in OURS))]
-    if foreign:
-        raise PotstillError(f"--out {out} holds something else ({foreign[0]}); name a folder that is empty or not there")
-    if inside and not resume and not force:
-        raise PotstillError(f"--out {out} holds a run already; --resume continues it, --force starts it again")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PotstillError(f"--out {out} cannot be made ({error.strerror})") from error
-    for name in inside:
-        if force and not resume or name not in OURS:  # what a killed process left half-written
-            (out / name).unlink()
-
-
-def save_checkpoint(out: Path, still: Still, progress: Progress, clock: Clock) -> None:
-    """A usable set, then the state that a resumed run begins with; each file whole or not at all."""
-    step, now = progress.at
-    still.set(now.learned, step).save(out / "set.safetensors")
-    records.write_whole(out / "snapshots.safetensors", encode({f"{s:08d}": x for s, x in progress.snapshots.items()}))
-    tensors: dict[str, Tensor] = {}
-    header = {
-        "format": FORMAT,
-        "settings": still.settings.plain(still.data),
-        "step": step,
-        "now": pack(tuple(now), tensors),
-        "losses": pack(progress.losses[:step], tensors),
-        "snapshots": pack({str(s): x for s, x in progress.snapshots.items()}, tensors),
-        "looks": progress.looks,
-        "seconds": clock.seconds,
-    }
-    records.write_whole(out / "checkpoint.safetensors", encode(tensors, metadata={HEADER: json.dumps(header)}))
-
-
-def load_checkpoint(out: Path) -> tuple[dict[str, Any], Progress] | None:
-    """Pinned settings and progress, or nothing where no checkpoint was written yet.
-
-    Raises:
-        PotstillError: The file is damaged.
-    """
-    file = out / "checkpoint.safetensors"
-    if not file.exists():
-        return None
-    tensors, header = read_tensors(file, "checkpoint")
-    try:
-        if header["format"] != FORMAT:
-            raise PotstillError(f"{file} was written by another version of potstill; --force starts again")
-        settings, step = header["settings"], header["step"]
-        losses = torch.full((max(settings["steps"], step),), math.nan, dtype=torch.float64)
-        losses[:step] = unpack(header["losses"], tensors)
-        snapshots = {int(s): x for s, x in unpack(header["snapshots"], tensors).items()}
-        progress = Progress((step, Now(*unpack(header["now"], tensors))), losses, header["looks"], snapshots)
-        return {**settings, "seconds": header["seconds"]}, progress
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PotstillError(f"{file} is damaged ({type(error).__name__}: {error}); --force starts again") from error
-
-
-def check_same(pinned: dict[str, Any], ask: Ask, recipe: Recipe, counts: list[int], data: Data, say: Callable[[str], None]) -> None:
-    """Refuse to resume a run under other settings; say where the promise of the same bits ends.
-
-    Raises:
-        PotstillError: The first setting that differs, with both values.
-    """
-    now = {"recipe": to_dict(recipe), "counts": counts, "seed": ask.seed, "holdout": ask.holdout, "device": ask.device}
-    now["fingerprint"] = data.fingerprint
-    if ask.steps is not None:
-        now["steps"] = ask.steps
-    if ask.compile != "auto":
-        now["compile"] = ask.compile == "on"
-    if ask.precision != "auto":
-        now["precision"] = ask.precision
-    then = {**pinned, "recipe": {**pinned["recipe"], "steps": to_dict(recipe)["steps"]}}
-    for name, value in now.items():
-        if then[name] != value:
-            was = then[name]
-            if isinstance(value, dict):
-                name, was, value = next((k, was.get(k), v) for k, v in value.items() if was.get(k) != v)
-            what = "the data have changed" if name == "fingerprint" else f"{name} was {was}, now {value}"
-            raise PotstillError(f"the run to resume has other settings: {what}; give the same, or --force to start again")
-    for name, here in (("torch", torch.__version__), ("processor", records.processor())):
-        if pinned[name] != here:
-            say(f"note: this run began with {name} {pinned[name]}, here it is {here}: the last bits may differ")
-
-
 def plan(still: Still, minutes: float, spent: float, say: Callable[[str], None]) -> int:
     """The number of steps that fits what is left of a time budget, from timing a copy of the state.
 
@@ -246,7 +120,9 @@ def plan(still: Still, minutes: float, spent: float, say: Callable[[str], None])
             break
     each = statistics.median(took)
     steps = max(1, int((60 * minutes - spent - sum(took)) / each))
-    say(f"{each:.3g} s a step: {steps} steps in {minutes:g} minutes (the same as --steps {steps} --preset {still.settings.recipe.preset})")
+    say(
+        f"{each:.3g} s a step: {steps} steps in {minutes:g} minutes (the same as --steps {steps} --preset {still.settings.recipe.preset})"
+    )
     return steps
 
 
@@ -255,7 +131,9 @@ def points(steps: int, count: int) -> set[int]:
     return {0, *(round(steps * (i + 1) / count) for i in range(count))} if count else set()
 
 
-def run_steps(still: Still, progress: Progress, out: Path, clock: Clock, bar: Any, save_every: float = SAVE_EVERY) -> None:
+def run_steps(
+    still: Still, progress: Progress, out: Path, clock: Clock, bar: Any
+) -> None:
     """Steps until the last, with looks, snapshots and checkpoints.
 
     Raises:
@@ -300,7 +178,7 @@ def run_steps(still: Still, progress: Progress, out: Path, clock: Clock, bar: An
                 bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
                 bar.update()
                 observe()
-                if progress.step in look_at or time.monotonic() - saved > save_every:
+                if progress.step in look_at or time.monotonic() - saved > SAVE_EVERY:
                     saved = save()
     finally:
         save()
@@ -322,7 +200,9 @@ def prepare(
     """The run bound to its data and the point from which it goes on, its number of steps fixed."""
     recipe = recipe_of(ask, data, say)
     counts = counts_per_group(ask.ipc if isinstance(ask.ipc, int) else list(ask.ipc), data.counts)
-    precision = choose_precision(ask.precision, ask.device, build_network(recipe.network, data.shape, data.task.outputs))
+    precision = choose_precision(
+        ask.precision, ask.device, build_network(recipe.network, data.shape, data.task.outputs)
+    )
     found = load_checkpoint(out) if resume else None
     if found is not None:
         pinned, progress = found
@@ -330,8 +210,17 @@ def prepare(
         torch.set_num_threads(pinned["threads"])
         clock.seconds.update(pinned["seconds"])
         steps, precision, on = pinned["steps"], pinned["precision"], pinned["compile"]
-        settings = Settings(from_dict(pinned["recipe"]), counts, ask.seed, ask.holdout, steps, ask.device, on, precision,
-                            pinned["threads"])
+        settings = Settings(
+            from_dict(pinned["recipe"]),
+            counts,
+            ask.seed,
+            ask.holdout,
+            steps,
+            ask.device,
+            on,
+            precision,
+            pinned["threads"],
+        )
         still = Still(data, settings)
         say(f"resumed at step {progress.step} of {steps}")
         if on and progress.step < steps:
@@ -428,8 +317,11 @@ def distill(
         >>> run.record["results"][0]["accuracy_mean"]  # doctest: +SKIP
     """
     counts = ipc if isinstance(ipc, int) else list(ipc)
-    ask = Ask(method, counts, steps, minutes, preset, network, init, settings or {}, seed, holdout, device, precision, compile)
+    ask = Ask(
+        method, counts, steps, minutes, preset, network, init, settings or {}, seed, holdout, device, precision, compile
+    )
     check_device(device)
+    keep_memory()
     if repeats < 1:
         raise PotstillError(f"--repeats {repeats} is below 1")
     clock = Clock()
@@ -460,94 +352,24 @@ def distill(
         finally:
             line.close()
         set_ = still.set(progress.at[1].learned, progress.step)
-    record = _record(ask, data, recipe, each, set_, progress, still if progress else None, out, clock)
-    _write(out, record, set_, progress, data)
+    record = record_of(ask, data, recipe, each, set_, progress, still if progress else None, out, clock)
+    write(out, record, set_, progress, data)
     if evaluate:
         with clock.phase("evaluation"):
             found = evaluate_sets(
-                set_, data, baselines=BASELINES, repeats=repeats, seed=seed, device=device, compile=compile,
-                precision=precision, affordable=AFFORDABLE, say=say, bar=bar and (lambda n, title: bar(n, title, 0)),
+                set_,
+                data,
+                baselines=BASELINES,
+                repeats=repeats,
+                seed=seed,
+                device=device,
+                compile=compile,
+                precision=precision,
+                affordable=AFFORDABLE,
+                say=say,
+                bar=bar,
             )
         results = [asdict(r) for r in found]
         record = {**record, "results": results, "cost": cost(clock, record["cost"]["seconds_per_step"], device)}
-        _write(out, record, set_, progress, data)
+        write(out, record, set_, progress, data)
     return Run(set_, record, out)
-
-
-def _record(
-    ask: Ask, data: Data, recipe: Recipe, counts: list[int], set_: DistilledSet, progress: Progress | None,
-    still: Still | None, out: Path, clock: Clock,
-) -> dict[str, Any]:
-    """Everything about a run in plain values; no absolute path."""
-    import hashlib
-
-    steps = progress.step if progress else 0
-    file = (out / "set.safetensors").read_bytes()
-    losses = progress.losses.tolist() if progress else []
-    every = max(1, len(losses) // 500)
-    per_step = clock.seconds["loop"] / steps if progress and steps else None
-    return {
-        "format": records.FORMAT,
-        "kind": "distillation",
-        "method": recipe.method,
-        "command": command(ask, data, recipe, counts, steps),
-        "software": records.software(ask.device),
-        "data": data.describe(),
-        "recipe": to_dict(recipe),
-        "seed": ask.seed,
-        "steps": steps,
-        "ipc": counts[0] if len(set(counts)) == 1 else counts,
-        "choices": {
-            "preset": recipe.preset,
-            "compile": "on" if still and still.settings.compile else "off",
-            "precision": still.settings.precision if still else "fp32",
-            "network": recipe.network,
-            "student": recipe.student,
-            "protocol": recipe.protocol,
-            "budget": f"{ask.minutes:g} minutes" if ask.minutes else f"{steps} steps",
-        },
-        "curve": [[i + 1, losses[i]] for i in range(0, len(losses), every)],
-        "looks": progress.looks if progress else [],
-        "cost": cost(clock, per_step, ask.device),
-        "results": [],
-        "set": {
-            "file": "set.safetensors",
-            "sha256": hashlib.sha256(file).hexdigest(),
-            "bytes": len(file),
-            "images": len(set_),
-        },
-    }
-
-
-def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int) -> str:
-    """The command that makes this set again; what the user did not name is left out."""
-    parts = ["potstill", "distill", data.name, "--method", recipe.method, "--ipc"]
-    parts.append(str(counts[0]) if len(set(counts)) == 1 else ",".join(map(str, counts)))
-    if recipe.objective is not None:
-        parts += ["--steps", str(steps), "--preset", recipe.preset]
-    for name, value, usual in (
-        ("network", ask.network, None), ("init", ask.init, None), ("seed", ask.seed, 0), ("holdout", ask.holdout, 0.1),
-        ("precision", ask.precision, "auto"), ("compile", ask.compile, "auto"), ("device", ask.device, "cpu"),
-    ):  # fmt: skip
-        if value != usual:
-            parts += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
-    for path, value in ask.settings.items():
-        parts += ["--set", f"{path}={json.dumps(value)}"]
-    return shlex.join(parts)
-
-
-def _write(out: Path, record: dict[str, Any], set_: DistilledSet, progress: Progress | None, data: Data) -> None:
-    """Record, grid and page."""
-    from .report import write_run_report
-
-    records.write_json(out / "record.json", record)
-    groups = set_.classes
-    first = torch.stack([(groups == g).nonzero()[0, 0] for g in groups.unique().tolist()])
-    evolution = []
-    if progress is not None:
-        count = len(next(iter(progress.snapshots.values())))
-        per = count // len(first)
-        evolution = [(step, x[::per][: len(first)].numpy()) for step, x in sorted(progress.snapshots.items())]
-    real = pick_random(data, [1] * len(first), Key(record["seed"]).fold("random", 0))
-    shown = data.display(data.prepare(data.train.inputs[real])).numpy()
-    write_run_report(out, record, set_.images.numpy(), groups.numpy(), evolution, shown)

@@ -175,6 +175,11 @@ class Network:
     precision: torch.dtype | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether a sample's features depend on the rest of its batch: with batch norm."""
+        return any(isinstance(layer, Norm) and layer.kind == "batch" for _, layer in self.layers)
+
     def init(self, key: Key) -> State:
         """Fresh weights (PyTorch's default initialisation) and statistics."""
         state = State({}, {})
@@ -314,7 +319,12 @@ def mlp(shape: tuple[int, ...], outputs: int, norm: str | None, width: int | Non
     """Fully connected layers with ReLU; `depth` counts the linear layers, the head included."""
     norm, width, depth = norm or "none", width or 128, depth or 3
     if norm == "instance":
-        raise PotstillError("network 'mlp' has no positions to take an instance norm over; use batch, group, layer or none")
+        raise PotstillError(
+            "network 'mlp' has no positions to take an instance norm over; use batch, group, layer or none"
+        )
+    groups = {"group": math.gcd(4, width), "layer": 1}.get(norm, 0)
+    if groups == width and depth > 1:  # each value would be its own mean
+        raise PotstillError(f"network 'mlp-{norm}' normalises to a constant at width {width}; use a wider one")
     layers: list[tuple[str, Layer]] = [("flatten", FLATTEN)]
     size = math.prod(shape)
     for i in range(depth - 1):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -160,7 +161,7 @@ def _typed(value: Any, hint: Any, path: str) -> Any:
         return value
     if not isinstance(value, wanted) or (isinstance(value, bool) and hint is not bool):
         raise PotstillError(f"recipe field '{path}' is {value!r}; {hint.__name__} is needed")
-    if hint is float and value != value:
+    if hint is float and math.isnan(float(value)):
         raise PotstillError(f"recipe field '{path}' is not a number")
     return float(value) if hint is float else value
 

@@ -31,7 +31,9 @@ def write_whole(path: Path, content: bytes) -> None:
         os.chmod(name, 0o644)
         os.replace(name, path)
     except OSError as error:
-        raise Stopped(f"{path.name} cannot be written in {path.parent} ({error.strerror}); what was there is untouched") from error
+        raise Stopped(
+            f"{path.name} cannot be written in {path.parent} ({error.strerror}); what was there is untouched"
+        ) from error
     finally:
         if name and os.path.exists(name):
             os.unlink(name)

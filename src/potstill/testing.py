@@ -45,11 +45,13 @@ def _double(tree: Tree) -> Tree:
 
 
 def _equal(a: Tree, b: Tree) -> bool:
-    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(leaves(a), leaves(b), strict=True))
+    return all(
+        torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(leaves(a), leaves(b), strict=True)
+    )
 
 
 def _globals() -> tuple[Any, ...]:
-    return torch.get_rng_state().clone(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index,union-attr]
+    return torch.get_rng_state().clone(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
 
 
 class Point:
@@ -119,7 +121,9 @@ def equals_central_differences(recipe: Recipe, data: Data) -> None:
             ends = [float(point.loss({**point.learned, name: value + sign * 1e-6 * way})) for sign in (1, -1)]
             slope, found = (ends[0] - ends[1]) / 2e-6, float((grads[name] * way).sum())
             size = float(grads[name].norm() * way.norm())
-            assert abs(slope - found) <= 1e-5 * size + 1e-12, f"gradient of {name} along a direction: {found}, slope {slope}"
+            assert abs(slope - found) <= 1e-5 * size + 1e-12, (
+                f"gradient of {name} along a direction: {found}, slope {slope}"
+            )
 
 
 def equals_autograd(recipe: Recipe, data: Data) -> None:
@@ -133,14 +137,28 @@ def equals_autograd(recipe: Recipe, data: Data) -> None:
         assert torch.allclose(grads[name], grad, rtol=1e-8, atol=1e-12), f"value_and_grad and autograd differ in {name}"
 
 
+def target_comes_in_parts(recipe: Recipe, data: Data) -> None:
+    """Where the objective says that its target is separable, the parts are those of the whole; it takes no gradient."""
+    still = still_for(recipe, data)
+    _, net, real, draws = still.inputs_of(still.fresh(), 0)
+    if real is None:
+        return
+    whole, parts = still.objective.target(real, net, draws), still.target(net, real, draws)
+    for a, b in zip(leaves(whole), leaves(parts), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), "the target in parts is not the target of the whole batch"
+        assert not b.requires_grad, "the target carries a gradient"
+
+
 def leaves_the_network_alone(recipe: Recipe, data: Data) -> None:
     """A step changes neither weights nor buffers nor the arguments it is given."""
     still = still_for(recipe, data)
     now = still.fresh()
     _, net, real, draws = still.inputs_of(now, 0)
-    arguments = (now.learned, now.slow, now.own, net.state, net.goal, real, draws)
+    target = still.target(net, real, draws)
+    arguments = (now.learned, now.slow, now.own, target, net.state, net.goal, real, draws)
     before = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, arguments)
-    still.update(*arguments)
+    still.target(net, real, draws)
+    still.update(now.learned, now.slow, now.own, target, net, draws)
     assert _equal(before, arguments), "a step changed its arguments in place"
 
 
@@ -190,7 +208,9 @@ def survives_files(recipe: Recipe, data: Data) -> None:
         toml = Path(folder) / "recipe.toml"
         toml.write_text(recipes.write(recipe))
         assert recipes.read(toml) == recipe, "the recipe changes on its way through TOML"
-    assert torch.equal(set_.inputs, again.inputs) and torch.equal(set_.labels, again.labels), "the set changes in its file"
+    assert torch.equal(set_.inputs, again.inputs) and torch.equal(set_.labels, again.labels), (
+        "the set changes in its file"
+    )
     assert set_.meta == again.meta, "what the set says of itself changes in its file"
 
 
@@ -198,6 +218,7 @@ CHECKS: tuple[Callable[[Recipe, Data], None], ...] = (
     reaches_what_is_learned,
     equals_central_differences,
     equals_autograd,
+    target_comes_in_parts,
     leaves_the_network_alone,
     repeats_with_its_seed,
     falls_at_a_fixed_network,

@@ -92,6 +92,13 @@ class Objective(ABC):
         """State of the objective's own, kept in checkpoints; nothing by default."""
         return ()
 
+    def separable(self, network: Network) -> bool:
+        """Whether the target of some groups is those rows of the target of all, given those rows of batch and draws.
+
+        The loop then computes it a few groups at a time, which is quicker on a CPU and takes less memory.
+        """
+        return False
+
     @abstractmethod
     def target(self, real: Real, net: Net, draws: Tree) -> Tree:
         """The real side."""

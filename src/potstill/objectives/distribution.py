@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..functional import Key, Tree
+from ..networks import Network
 from ..synthetic import Synthetic
 from .base import ByGroup, Needs, Net, Objective, Real, Sizes
 
@@ -39,6 +40,9 @@ class DistributionMatching(Objective):
 
     def draws(self, key: Key, sizes: Sizes) -> Tree:
         return {"augment": self.augment.draws(key.fold("augment"), sizes.groups)}
+
+    def separable(self, network: Network) -> bool:
+        return not network.mixes_samples
 
     def _means(self, x: Tensor, mask: Tensor, net: Net, draws: Tree) -> Tensor:
         """Mean features (G, F) of samples (G, n, *shape) where the mask (G, n) is 1; all groups in one pass, so that

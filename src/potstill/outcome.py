@@ -1,0 +1,105 @@
+"""What a run leaves behind beside its set: the record, the picture and the page."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import records
+from .checkpoint import Ask, Progress
+from .data import Data
+from .exchange import DistilledSet
+from .functional import Key
+from .measure import Clock, cost
+from .recipe import Recipe, to_dict
+from .still import Still
+from .synthetic import pick_random
+
+
+def record_of(
+    ask: Ask,
+    data: Data,
+    recipe: Recipe,
+    counts: list[int],
+    set_: DistilledSet,
+    progress: Progress | None,
+    still: Still | None,
+    out: Path,
+    clock: Clock,
+) -> dict[str, Any]:
+    """Everything about a run in plain values; no absolute path."""
+    steps = progress.step if progress else 0
+    file = (out / "set.safetensors").read_bytes()
+    losses = progress.losses.tolist() if progress else []
+    every = max(1, len(losses) // 500)
+    per_step = clock.seconds["loop"] / steps if progress and steps else None
+    return {
+        "format": records.FORMAT,
+        "kind": "distillation",
+        "method": recipe.method,
+        "command": command(ask, data, recipe, counts, steps),
+        "software": records.software(ask.device),
+        "data": data.describe(),
+        "recipe": to_dict(recipe),
+        "seed": ask.seed,
+        "steps": steps,
+        "ipc": counts[0] if len(set(counts)) == 1 else counts,
+        "choices": {
+            "preset": recipe.preset,
+            "compile": "on" if still and still.settings.compile else "off",
+            "precision": still.settings.precision if still else "fp32",
+            "network": recipe.network,
+            "student": recipe.student,
+            "protocol": recipe.protocol,
+            "budget": f"{ask.minutes:g} minutes" if ask.minutes else f"{steps} steps",
+        },
+        "curve": [[i + 1, losses[i]] for i in range(0, len(losses), every)],
+        "looks": progress.looks if progress else [],
+        "cost": cost(clock, per_step, ask.device),
+        "results": [],
+        "set": {
+            "file": "set.safetensors",
+            "sha256": hashlib.sha256(file).hexdigest(),
+            "bytes": len(file),
+            "images": len(set_),
+        },
+    }
+
+
+def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int) -> str:
+    """The command that makes this set again; what the user did not name is left out."""
+    parts = ["potstill", "distill", data.name, "--method", recipe.method, "--ipc"]
+    parts.append(str(counts[0]) if len(set(counts)) == 1 else ",".join(map(str, counts)))
+    if recipe.objective is not None:
+        parts += ["--steps", str(steps), "--preset", recipe.preset]
+    for name, value, usual in (
+        ("network", ask.network, None), ("init", ask.init, None), ("seed", ask.seed, 0), ("holdout", ask.holdout, 0.1),
+        ("precision", ask.precision, "auto"), ("compile", ask.compile, "auto"), ("device", ask.device, "cpu"),
+    ):  # fmt: skip
+        if value != usual:
+            parts += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+    for path, value in ask.settings.items():
+        parts += ["--set", f"{path}={json.dumps(value)}"]
+    return shlex.join(parts)
+
+
+def write(out: Path, record: dict[str, Any], set_: DistilledSet, progress: Progress | None, data: Data) -> None:
+    """Record, grid and page."""
+    from .report import write_run_report
+
+    records.write_json(out / "record.json", record)
+    groups = set_.classes
+    first = torch.stack([(groups == g).nonzero()[0, 0] for g in groups.unique().tolist()])
+    evolution = []
+    if progress is not None:
+        count = len(next(iter(progress.snapshots.values())))
+        per = count // len(first)
+        evolution = [(step, x[::per][: len(first)].numpy()) for step, x in sorted(progress.snapshots.items())]
+    real = pick_random(data, [1] * len(first), Key(record["seed"]).fold("random", 0))
+    shown = data.display(data.prepare(data.train.inputs[real])).numpy()
+    write_run_report(out, record, set_.images.numpy(), groups.numpy(), evolution, shown)
