@@ -71,7 +71,9 @@ def test_networks_side_by_side_are_the_networks_one_by_one(name):
     sets = [(data.prepare(data.train.inputs[i::4][:6]), data.train.labels[i::4][:6]) for i in range(3)]
     keys = [Key(i) for i in range(3)]
     protocol = replace(SHORT, epochs=8, augment=Augment(ops=("crop", "flip")), batch=4)
-    together, apart = (Trainer(net, protocol, data.task, False, "cpu", n).fit(sets, keys, lambda n: None) for n in (3, 1))
+    together, apart = (
+        Trainer(net, protocol, data.task, False, "cpu", n).fit(sets, keys, lambda n: None) for n in (3, 1)
+    )
     for a, b in zip(together, apart, strict=True):
         for k in a.params:
             assert torch.allclose(a.params[k], b.params[k], atol=1e-4), k
@@ -86,7 +88,9 @@ def test_batch_norm_is_judged_with_its_stored_statistics():
     (state,) = trainer.fit([(data.prepare(data.train.inputs), data.train.labels)], [Key(0)], lambda n: None)
     assert all(not torch.equal(state.buffers[k], net.init(Key(0)).buffers[k]) for k in state.buffers)
     one_by_one = trainer.score(state, data.test.inputs, data.test.labels, data.prepare)
-    alone = [trainer.score(state, data.test.inputs[i : i + 1], data.test.labels[i : i + 1], data.prepare) for i in range(28)]
+    alone = [
+        trainer.score(state, data.test.inputs[i : i + 1], data.test.labels[i : i + 1], data.prepare) for i in range(28)
+    ]
     assert one_by_one == pytest.approx(sum(alone) / 28)
 
 
@@ -111,7 +115,9 @@ def test_the_rate_of_each_schedule():
     assert max(rates) == pytest.approx(1.0, abs=0.02) and rates.index(max(rates)) in (19, 20) and 0 < rates[-1] < 0.02
 
 
-@pytest.mark.parametrize(("samples", "batch", "plan"), [(10, 256, (5, 1)), (600, 256, (5, 3)), (2560, 256, (5, 10)), (2600, 256, (5, 10))])
+@pytest.mark.parametrize(
+    ("samples", "batch", "plan"), [(10, 256, (5, 1)), (600, 256, (5, 3)), (2560, 256, (5, 10)), (2600, 256, (5, 10))]
+)
 def test_the_plan_of_epochs(samples, batch, plan):
     assert Protocol("a", epochs=5, batch=batch).plan(samples) == plan
     assert Protocol("a", epochs=5, batch=batch, steps=100).plan(samples)[0] >= 100 / plan[1]
@@ -119,7 +125,14 @@ def test_the_plan_of_epochs(samples, batch, plan):
 
 def test_the_hash_changes_with_every_field():
     base = PROTOCOLS["dsa"]
-    changes = ({"epochs": 999}, {"lr": 0.02}, {"batch": 128}, {"augment": Augment()}, {"schedule": "cycle"}, {"momentum": 0.0})
+    changes = (
+        {"epochs": 999},
+        {"lr": 0.02},
+        {"batch": 128},
+        {"augment": Augment()},
+        {"schedule": "cycle"},
+        {"momentum": 0.0},
+    )
     assert len({base.hash, *(replace(base, **c).hash for c in changes)}) == 7
     assert base.hash == replace(base).hash
 
@@ -134,16 +147,22 @@ def test_results_are_in_order_and_repeat(short, tmp_path):
     set_ = real_set(data)
     options = {"networks": ["convnet-w8", "mlp-w64"], "repeats": 3, "baselines": ["random", "whole"]}
     results = potstill.evaluate(set_, data, **options)
-    assert [(r.method, r.network) for r in results] == [(m, n) for n in ("convnet-w8", "mlp-w64") for m in ("random", "random", "whole")]
+    assert [(r.method, r.network) for r in results] == [
+        (m, n) for n in ("convnet-w8", "mlp-w64") for m in ("random", "random", "whole")
+    ]
     assert [r.set for r in results[:3]] == ["this set", "random real", "whole training set"]
     again = potstill.evaluate(set_, data, **options)
     assert [r.accuracies for r in results] == [r.accuracies for r in again]
     for r in results:
         assert r.accuracy_mean == pytest.approx(sum(r.accuracies) / len(r.accuracies), abs=1e-6)
-        assert r.accuracy_std == pytest.approx(torch.tensor(r.accuracies, dtype=torch.float64).std(correction=0).item(), abs=1e-6)
+        assert r.accuracy_std == pytest.approx(
+            torch.tensor(r.accuracies, dtype=torch.float64).std(correction=0).item(), abs=1e-6
+        )
     assert results[0].spread == "networks" and results[1].spread == "sets and networks"
     assert results[5].accuracy_mean > 0.9  # the whole set, by the network that learns these patterns
-    assert potstill.evaluate(set_, data, networks=["convnet-w8"], repeats=3, seed=1)[0].accuracies != results[0].accuracies
+    assert (
+        potstill.evaluate(set_, data, networks=["convnet-w8"], repeats=3, seed=1)[0].accuracies != results[0].accuracies
+    )
 
 
 def test_the_sets_own_transform_prepares_the_test_data(short):

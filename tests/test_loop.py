@@ -6,19 +6,29 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import potstill
-from potstill import Stopped, checkpoint, loop
+from potstill import Stopped, checkpoint, loop, still
 from potstill.errors import PotstillError
 from potstill.methods import METHODS
 from potstill.recipe import change
 from potstill.testing import toy
+from potstill.training import PROTOCOLS
 
 SMALL = {"network": "convnet-w8", "student": "convnet-w8", "objective.real": 8, "looks": 1}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Looks and evaluations of a few epochs: what is tested here is the loop."""
+    monkeypatch.setattr(still, "LOOK", replace(still.LOOK, epochs=5))
+    for name in ("dsa", "whole"):
+        monkeypatch.setitem(PROTOCOLS, name, replace(PROTOCOLS[name], epochs=5, steps=0))
 
 
 def run(out, **options):
@@ -84,9 +94,11 @@ def test_resume_without_a_checkpoint_begins(tmp_path):
 
 KILLED = """
 import sys, potstill
-from potstill import loop
+from dataclasses import replace
+from potstill import loop, still
 from potstill.testing import toy
 loop.SAVE_EVERY = 0.0
+still.LOOK = replace(still.LOOK, epochs=5)
 class Bar:
     def __call__(self, total, title, start): return self
     def update(self, n=1): print("step", flush=True)

@@ -22,7 +22,15 @@ from .recipe import Recipe, to_dict
 from .still import Now, Still
 
 FORMAT = 1
-OURS = ("set.safetensors", "checkpoint.safetensors", "snapshots.safetensors", "record.json", "grid.png", "report.html")
+OURS = (
+    "set.safetensors",
+    "checkpoint.safetensors",
+    "snapshots.safetensors",
+    "record.json",
+    "recipe.toml",
+    "grid.png",
+    "report.html",
+)
 
 
 @dataclass

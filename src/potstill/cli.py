@@ -121,10 +121,9 @@ def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _distill(args: argparse.Namespace) -> None:
     from .loop import distill
-    from .recipe import Recipe, find, read
+    from .recipe import Recipe, read
 
-    method: str | Recipe = find(args.method, args.preset) if ":" in args.method else args.method
-    method = read(args.recipe) if args.recipe else method
+    method: str | Recipe = read(args.recipe) if args.recipe else args.method
     names = ("steps", "minutes", "preset", "network", "init", "seed", "holdout", "out", "data_root", "device", "precision",
              "compile", "resume", "force", "repeats")  # fmt: skip
     options = {name: getattr(args, name) for name in names}

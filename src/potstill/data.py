@@ -175,15 +175,18 @@ class Data:
         return (unit - low) / (high - low if high > low else 1.0)
 
     def hold_out(self, fraction: float) -> Data:
-        """The same data with a stratified part of `train` moved to `heldout`, the same part whatever the seed.
+        """The same data with a stratified part of `train` moved to `heldout`, the same part whatever the seed; what was
+        held out before goes back first.
 
         Raises:
             PotstillError: The fraction is not in [0, 0.5].
         """
         if not 0 <= fraction <= 0.5:
             raise PotstillError(f"--holdout {fraction:g} is not between 0 and 0.5")
-        out = stratified(self.train.groups, fraction, Key(0).fold("holdout"))
-        return replace(self, train=self.train[~out], heldout=self.train[out])
+        inputs = torch.cat([self.train.inputs, self.heldout.inputs]) if len(self.heldout) else self.train.inputs
+        whole = Split(inputs, torch.cat([self.train.labels, self.heldout.labels]))
+        out = stratified(whole.groups, fraction, Key(0).fold("holdout"))
+        return replace(self, train=whole[~out], heldout=whole[out])
 
     def describe(self) -> dict[str, Any]:
         """What a record keeps of it."""
@@ -273,7 +276,7 @@ def _hash(*splits: Split) -> str:
     for split in splits:
         for tensor in (split.inputs, split.labels):
             digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
-            digest.update(memoryview(tensor.contiguous().view(torch.uint8).numpy().reshape(-1)))
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -376,6 +379,7 @@ def _torchvision(kind: str, name: str, mirror: bool) -> Callable[[Path], Data]:
         names = [c.split(" - ")[0] for c in parts[0].classes]  # MNIST's are "0 - zero"
         return Data.from_arrays(x, y, tx, ty, name=name, class_names=names, mirror=mirror)
 
+    loader.__doc__ = f"Torchvision's {kind}, 28 x 28 grey; downloaded where absent."
     return loader
 
 

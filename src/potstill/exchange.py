@@ -202,6 +202,8 @@ def _check(made: DistilledSet, file: Path) -> None:
     soft = labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] == classes
     if not hard and not soft:
         raise PotstillError(f"{file} has labels outside its {classes} classes")
+    if hard and torch.bincount(labels, minlength=classes).tolist() != meta.ipc:
+        raise PotstillError(f"{file} is damaged: its labels are not {meta.ipc} of each class")
     columns = {len(made.standardise.mean), len(made.standardise.std)}
     if columns != {made.shape[0]} or made.standardise.trailing != inputs.ndim - 2:
         raise PotstillError(f"{file} has a transform that does not fit inputs of shape {made.shape}")

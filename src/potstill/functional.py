@@ -42,7 +42,7 @@ class Key:
 
     def fold(self, *parts: str | int) -> Key:
         """The key of a draw below this one."""
-        return Key(self.seed, self.path + parts)
+        return Key(self.seed, self.path + tuple(p if isinstance(p, str) else int(p) for p in parts))
 
     def generator(self) -> torch.Generator:
         """A fresh generator for this key: hash(seed, path) as its seed."""

@@ -15,23 +15,21 @@ import torch
 from .checkpoint import Ask, Progress, check_same, load_checkpoint, open_folder, save_checkpoint
 from .compiling import EAGER_FLOPS, check_device, choose_compile, choose_precision, count_flops, keep_memory
 from .data import Data, load_data
-from .errors import PotstillError, Stopped, unknown
+from .errors import PotstillError, Stopped
 from .evaluation import BASELINES, fitting, protocol_of
 from .evaluation import evaluate as evaluate_sets
 from .exchange import DistilledSet, describe_set
 from .functional import Key
 from .measure import Clock, cost, reset_peak
-from .methods import METHODS, PRESETS
 from .networks import network as build_network
 from .outcome import record_of, write
-from .recipe import Recipe, change, from_dict
+from .recipe import Recipe, change, find
 from .still import Settings, Still
 from .synthetic import counts_per_group, initialise
 
 SAVE_EVERY = 30.0  # seconds between checkpoints; they change no number
 DIVERGED = 1e3  # a loss so many times the largest of the first ten has run away
 SNAPSHOTS = 8  # beside the start
-SHOWN = 100  # images in a snapshot
 AFFORDABLE = 60.0  # seconds: a whole-set reference that takes longer is left to those who ask for it
 
 
@@ -65,12 +63,8 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
     if isinstance(ask.method, Recipe):
         recipe = ask.method
     else:
-        if ask.method not in METHODS:
-            raise unknown("method", ask.method, METHODS, "`potstill list methods` shows all")
         preset = ask.preset or ("paper" if ask.steps is not None or ask.device != "cpu" else "small")
-        if preset not in PRESETS:
-            raise unknown("preset", preset, PRESETS)
-        recipe = METHODS[ask.method](preset)
+        recipe = find(ask.method, preset)
         if not ask.preset and recipe.objective is not None:
             why = (
                 "--steps asks for the paper's numbers"
@@ -131,9 +125,7 @@ def points(steps: int, count: int) -> set[int]:
     return {0, *(round(steps * (i + 1) / count) for i in range(count))} if count else set()
 
 
-def run_steps(
-    still: Still, progress: Progress, out: Path, clock: Clock, bar: Any
-) -> None:
+def run_steps(still: Still, progress: Progress, out: Path, clock: Clock, bar: Any) -> None:
     """Steps until the last, with looks, snapshots and checkpoints.
 
     Raises:
@@ -142,7 +134,6 @@ def run_steps(
     """
     total = still.settings.steps
     look_at, show_at = points(total, still.settings.recipe.looks), points(total, SNAPSHOTS)
-    shown = still.start.index[:, : max(1, SHOWN // len(still.members))].flatten().unique()
 
     def observe() -> None:
         step, now = progress.at
@@ -151,7 +142,7 @@ def run_steps(
                 if (look := still.look(now)) is not None:
                     progress.looks.append({"step": step, **look})
         if step in show_at and step not in progress.snapshots:
-            progress.snapshots[step] = still.data.display(now.learned["inputs"].detach().cpu()[shown])
+            progress.snapshots[step] = still.data.display(now.learned["inputs"].detach().cpu()[still.shown])
 
     def save() -> float:
         with clock.phase("checkpoints"):
@@ -211,7 +202,7 @@ def prepare(
         clock.seconds.update(pinned["seconds"])
         steps, precision, on = pinned["steps"], pinned["precision"], pinned["compile"]
         settings = Settings(
-            from_dict(pinned["recipe"]),
+            replace(recipe, steps=pinned["recipe"]["steps"]),
             counts,
             ask.seed,
             ask.holdout,
@@ -327,38 +318,38 @@ def distill(
     clock = Clock()
     reset_peak(device)
     with clock.phase("data"):
-        data = (data if isinstance(data, Data) else load_data(data, data_root)).hold_out(holdout)
-    name = method if isinstance(method, str) else method.method
-    label = f"ipc{counts}" if isinstance(counts, int) else "ipc" + "-".join(map(str, counts))[:40]
-    out = Path(out) if out is not None else Path("runs") / f"{data.name}-{name}-{label}-seed{seed}"
+        whole = data if isinstance(data, Data) else load_data(data, data_root)
+        data = whole.hold_out(holdout)
     recipe = recipe_of(ask, data, lambda line: None)  # every mistake before the folder is touched
+    label = f"ipc{counts}" if isinstance(counts, int) else "ipc" + "-".join(map(str, counts))[:40]
+    out = Path(out) if out is not None else Path("runs") / f"{data.name}-{recipe.method}-{label}-seed{seed}"
     each = counts_per_group(counts, data.counts)
     choose_precision(precision, device, build_network(recipe.network, data.shape, data.task.outputs))
     choose_compile(compile, 0.0, device)
     open_folder(out, resume, force)
 
     results: list[dict[str, Any]] = []
+    still, progress = None, None
     if recipe.objective is None:
         s = initialise(data, each, recipe.init, Key(seed).fold("init"))
         set_ = DistilledSet(*s.take(torch.arange(len(s))), describe_set(data, recipe, each, seed, 0))
-        progress = None
         set_.save(out / "set.safetensors")
     else:
         still, progress = prepare(ask, data, out, resume, clock, say)
         recipe = still.settings.recipe
-        line = bar(still.settings.steps, f"{name} on {data.name}", progress.step) if bar else Quiet()
+        line = bar(still.settings.steps, f"{recipe.method} on {data.name}", progress.step) if bar else Quiet()
         try:
             run_steps(still, progress, out, clock, line)
         finally:
             line.close()
         set_ = still.set(progress.at[1].learned, progress.step)
-    record = record_of(ask, data, recipe, each, set_, progress, still if progress else None, out, clock)
-    write(out, record, set_, progress, data)
+    record = record_of(ask, data, recipe, each, set_, progress, still, out, clock)
+    write(out, record, set_, progress, still, data)
     if evaluate:
         with clock.phase("evaluation"):
             found = evaluate_sets(
                 set_,
-                data,
+                whole,  # baselines are drawn from all of the training data, as `potstill evaluate` does
                 baselines=BASELINES,
                 repeats=repeats,
                 seed=seed,
@@ -371,5 +362,5 @@ def distill(
             )
         results = [asdict(r) for r in found]
         record = {**record, "results": results, "cost": cost(clock, record["cost"]["seconds_per_step"], device)}
-        write(out, record, set_, progress, data)
+        write(out, record, set_, progress, still, data)
     return Run(set_, record, out)

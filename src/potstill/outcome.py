@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import torch
 
 from . import records
@@ -72,11 +73,14 @@ def record_of(
 
 
 def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int) -> str:
-    """The command that makes this set again; what the user did not name is left out."""
-    parts = ["potstill", "distill", data.name, "--method", recipe.method, "--ipc"]
+    """The command that makes this set again, from a recipe file where the method has no name to call it by."""
+    parts = ["potstill", "distill", data.name]
+    parts += ["--method", ask.method] if isinstance(ask.method, str) else ["--recipe", "recipe.toml"]
+    parts += ["--ipc"]
     parts.append(str(counts[0]) if len(set(counts)) == 1 else ",".join(map(str, counts)))
     if recipe.objective is not None:
-        parts += ["--steps", str(steps), "--preset", recipe.preset]
+        parts += ["--steps", str(steps)]
+        parts += ["--preset", recipe.preset] if isinstance(ask.method, str) else []
     for name, value, usual in (
         ("network", ask.network, None), ("init", ask.init, None), ("seed", ask.seed, 0), ("holdout", ask.holdout, 0.1),
         ("precision", ask.precision, "auto"), ("compile", ask.compile, "auto"), ("device", ask.device, "cpu"),
@@ -88,18 +92,19 @@ def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int)
     return shlex.join(parts)
 
 
-def write(out: Path, record: dict[str, Any], set_: DistilledSet, progress: Progress | None, data: Data) -> None:
-    """Record, grid and page."""
+def write(
+    out: Path, record: dict[str, Any], set_: DistilledSet, progress: Progress | None, still: Still | None, data: Data
+) -> None:
+    """Record, recipe, picture and page."""
     from .report import write_run_report
 
     records.write_json(out / "record.json", record)
-    groups = set_.classes
-    first = torch.stack([(groups == g).nonzero()[0, 0] for g in groups.unique().tolist()])
+    records.write_whole(out / "recipe.toml", tomli_w.dumps(record["recipe"]).encode())
     evolution = []
-    if progress is not None:
-        count = len(next(iter(progress.snapshots.values())))
-        per = count // len(first)
-        evolution = [(step, x[::per][: len(first)].numpy()) for step, x in sorted(progress.snapshots.items())]
-    real = pick_random(data, [1] * len(first), Key(record["seed"]).fold("random", 0))
-    shown = data.display(data.prepare(data.train.inputs[real])).numpy()
-    write_run_report(out, record, set_.images.numpy(), groups.numpy(), evolution, shown)
+    if progress is not None and still is not None:
+        shown = set_.classes[still.shown]
+        first = torch.tensor([int((shown == g).nonzero()[0]) for g in shown.unique().tolist()])
+        evolution = [(step, x[first].numpy()) for step, x in sorted(progress.snapshots.items())]
+    real = pick_random(data, [1] * data.task.classes, Key(record["seed"]).fold("random", 0))
+    samples = data.display(data.prepare(data.train.inputs[real])).numpy()
+    write_run_report(out, record, set_.images.numpy(), set_.classes.numpy(), evolution, samples)

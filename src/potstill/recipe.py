@@ -86,7 +86,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        out = {} if (kind := _kind_of(value)) is None else {"kind": kind}
+        out = {} if type(value) in (Recipe, Augment) else {"kind": kind_of(value)}
         for f in dataclasses.fields(value):
             if f.metadata.get("recipe", True) and (item := getattr(value, f.name)) is not None:
                 out[f.name] = _plain(item)
@@ -96,16 +96,21 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _kind_of(value: Any) -> str | None:
+def kind_of(value: Any) -> str:
+    """The name of a part's form: a short one for the library's own, `module:Class` for one from outside."""
     for table in (OBJECTIVES, SOURCES, OPTIMISERS):
         for kind, cls in table.items():
             if type(value) is cls:
                 return kind
-    return None
+    return f"{type(value).__module__}:{type(value).__qualname__}"
 
 
-def from_dict(plain: Mapping[str, Any]) -> Recipe:
+def from_dict(plain: Mapping[str, Any], like: Recipe | None = None) -> Recipe:
     """The recipe of a plain dict.
+
+    Args:
+        plain: As `to_dict` makes it.
+        like: A recipe whose own objective and source are known kinds too, if they are from outside.
 
     Raises:
         PotstillError: A field that does not exist (with the nearest ones), or a value of another type.
@@ -113,7 +118,8 @@ def from_dict(plain: Mapping[str, Any]) -> Recipe:
     parts = dict(plain)
     for name, table in _KINDS.items():
         if name in parts:
-            parts[name] = _build(name, parts[name], table)
+            own = getattr(like, name, None)
+            parts[name] = _build(name, parts[name], table if own is None else {**table, kind_of(own): type(own)})
     if "augment" in parts:
         parts["augment"] = _make(Augment, parts["augment"], "augment.")
     rules = _table("optimiser", parts.get("optimiser", {}))
@@ -188,7 +194,7 @@ def change(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
                 raise unknown("recipe table", ".".join(parents[: i + 1]), known, "`potstill show METHOD` shows all")
             at = at[name]
         at[last] = value
-    return from_dict(plain)
+    return from_dict(plain, recipe)
 
 
 def find(name: str, preset: str | None = None) -> Recipe:

@@ -21,6 +21,7 @@ from .records import processor
 from .synthetic import Synthetic, initialise
 from .training import LOOK, Trainer
 
+SHOWN = 100  # samples in a snapshot
 CHUNK = 256  # real samples in one pass: what a processor's caches like (measured against 2,560: 1.0 s to 1.1-1.9 s)
 
 
@@ -90,10 +91,15 @@ class Still:
     def device(self) -> str:
         return self.settings.device
 
+    @property
+    def shown(self) -> Tensor:
+        """Numbers of the samples that snapshots keep: the first of each class, about a hundred in all."""
+        return self.start.index[:, : max(1, SHOWN // len(self.members))].flatten().unique()
+
     def with_steps(self, steps: int) -> Still:
         """The same run, what is compiled included, with another number of steps."""
         other = copy.copy(self)
-        other.settings = replace(self.settings, steps=steps)
+        other.settings = replace(self.settings, steps=steps, recipe=replace(self.settings.recipe, steps=steps))
         return other
 
     def fresh(self) -> Now:
@@ -133,7 +139,7 @@ class Still:
         slot, net = self.source.fetch(
             self.network, now.pool, self.key.fold("source", step), step / max(self.settings.steps, 1)
         )
-        net = Net(net.network, *to(tuple(net[1:]), self.device))
+        net = Net(net.network, to(net.state, self.device))
         real = self.real(step)
         sizes = Sizes(len(self.members), len(self.start), 0 if real is None else real.mask.numel())
         return slot, net, real, to(self.objective.draws(self.key.fold("draws", step), sizes), self.device)

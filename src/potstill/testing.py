@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,15 @@ class Point:
         now = still.fresh()
         _, net, real, draws = still.inputs_of(now, step)
         self.still, self.own, self.draws = still, _double(now.own), _double(draws)
-        self.net = Net(net.network, *_double(tuple(net[1:])))
+        self.net = Net(net.network, _double(net.state))
         self.real = None if real is None else type(real)(*_double(tuple(real)))
         self.learned = _double(now.learned)
         with torch.no_grad():
             self.target = None if self.real is None else still.objective.target(self.real, self.net, self.draws)
 
     def synthetic(self, learned: dict[str, Tensor]) -> Any:
-        return self.still.synthetic(learned)
+        s = self.still.synthetic(learned)
+        return replace(s, fixed=_double(s.fixed), mask=s.mask.double())
 
     def loss(self, learned: dict[str, Tensor]) -> Tensor:
         return self.still.objective.loss(self.synthetic(learned), self.target, self.net, self.draws, self.own)[0]
@@ -155,7 +157,7 @@ def leaves_the_network_alone(recipe: Recipe, data: Data) -> None:
     now = still.fresh()
     _, net, real, draws = still.inputs_of(now, 0)
     target = still.target(net, real, draws)
-    arguments = (now.learned, now.slow, now.own, target, net.state, net.goal, real, draws)
+    arguments = (now.learned, now.slow, now.own, target, net.state, real, draws)
     before = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, arguments)
     still.target(net, real, draws)
     still.update(now.learned, now.slow, now.own, target, net, draws)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,19 +42,17 @@ class Real(NamedTuple):
 
 
 class Net(NamedTuple):
-    """What a source hands out: a network, its present state and, where pairs are asked for, a state to arrive at."""
+    """What a source hands out: a network and its present state."""
 
     network: Network
     state: State
-    goal: State | None = None
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What the loop must bring to each step."""
+    """What the loop must bring to each step: a real batch, or none."""
 
     real: ByGroup | Uniform | None
-    network: Literal["state", "pair", "none"] = "state"
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Objective(ABC):
     @property
     @abstractmethod
     def needs(self) -> Needs:
-        """The real batch and network of a step."""
+        """What a step needs."""
 
     def draws(self, key: Key, sizes: Sizes) -> Tree:
         """Every random tensor of the step, made eagerly."""

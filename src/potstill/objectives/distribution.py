@@ -36,7 +36,7 @@ class DistributionMatching(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(real=ByGroup(self.real), network="state")
+        return Needs(real=ByGroup(self.real))
 
     def draws(self, key: Key, sizes: Sizes) -> Tree:
         return {"augment": self.augment.draws(key.fold("augment"), sizes.groups)}
