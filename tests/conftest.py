@@ -5,6 +5,12 @@ import os
 # The tests' networks are tiny: one thread is quicker than two that wait for each other, subprocesses included.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import jaxtyping
+
+# Shapes in signatures are checked here, and only here. Compiled tests run in processes of their own, without.
+SHAPED = ["potstill.networks", "potstill.objectives", "potstill.synthetic"]
+jaxtyping.install_import_hook(SHAPED, "typechecking.check")
+
 import pytest
 import torch
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -156,7 +157,7 @@ class Augment:
             for name in self._names
         }
 
-    def __call__(self, x: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, x: Float[Tensor, "g n *shape"], draws: Mapping[str, Tensor]) -> Float[Tensor, "g n *shape"]:
         """Apply drawn transforms: pure, differentiable in x, the same graph whatever was drawn.
 
         Args:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from .errors import PotstillError, unknown
@@ -161,7 +162,7 @@ class Data:
         """Training samples per group (G,)."""
         return torch.bincount(self.train.groups, minlength=self.task.classes)
 
-    def prepare(self, raw: Tensor) -> Tensor:
+    def prepare(self, raw: Tensor) -> Float[Tensor, ...]:
         """Raw inputs to what networks see: float32, standardised."""
         return self.transform.apply(raw.float() / self.scale)
 

@@ -12,10 +12,11 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from .errors import PotstillError, unknown
@@ -32,6 +33,7 @@ class State(NamedTuple):
     buffers: dict[str, Tensor]
 
 
+@runtime_checkable
 class Layer(Protocol):
     """One step of a network: a frozen description that makes and uses flat dicts of tensors."""
 
@@ -206,19 +208,25 @@ class Network:
             statistics.update({f"{name}.{k}": v.detach() for k, v in seen.items()})
         return x.to(dtype), statistics
 
-    def forward(self, state: State, x: Tensor, stats: Stats = "batch") -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, state: State, x: Float[Tensor, n *shape], stats: Stats = "batch"
+    ) -> tuple[Float[Tensor, "n outputs"], dict[str, Tensor]]:
         """Logits, and the batch statistics that were met on the way (empty unless the norm is `batch`)."""
         return self._run(self.layers, state, x, stats)
 
-    def __call__(self, state: State, x: Tensor, stats: Stats = "batch") -> Tensor:
+    def __call__(
+        self, state: State, x: Float[Tensor, n *shape], stats: Stats = "batch"
+    ) -> Float[Tensor, "n outputs"]:
         """Logits (N, outputs) of inputs (N, *shape)."""
         return self.forward(state, x, stats)[0]
 
-    def features(self, state: State, x: Tensor, stats: Stats = "batch") -> Tensor:
+    def features(
+        self, state: State, x: Float[Tensor, n *shape], stats: Stats = "batch"
+    ) -> Float[Tensor, "n features"]:
         """What the head sees: (N, features), flattened."""
         return self._run(self.layers[:-1], state, x, stats)[0]
 
-    def head(self, state: State, features: Tensor) -> Tensor:
+    def head(self, state: State, features: Float[Tensor, "n features"]) -> Float[Tensor, "n outputs"]:
         """Logits of features."""
         return self._run(self.layers[-1:], state, features, "batch")[0]
 

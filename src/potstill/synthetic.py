@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .data import Data
@@ -26,19 +27,19 @@ class Synthetic:
 
     learned: dict[str, Tensor]
     fixed: dict[str, Tensor]
-    index: Tensor
-    mask: Tensor
+    index: Int64[Tensor, "g m"]
+    mask: Float[Tensor, "g m"]
 
     def at(self, learned: dict[str, Tensor]) -> Synthetic:
         """The same set with other learned numbers: what a gradient is taken through."""
         return replace(self, learned=learned)
 
-    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, index: Int64[Tensor, "*index"]) -> tuple[Float[Tensor, ...], Tensor]:
         """Inputs (..., *shape) and labels (..., [C]) of the samples with the given numbers (...)."""
         labels = self.learned["labels"] if "labels" in self.learned else self.fixed["labels"]
         return self.learned["inputs"][index], labels[index]
 
-    def by_group(self) -> tuple[Tensor, Tensor]:
+    def by_group(self) -> tuple[Float[Tensor, "g m *shape"], Float[Tensor, "g m"]]:
         """Inputs (G, m, *shape) and the mask (G, m) of every group."""
         return self.take(self.index)[0], self.mask
 
@@ -67,7 +68,7 @@ def counts_per_group(ipc: int | list[int] | tuple[int, ...], available: Tensor) 
     return counts
 
 
-def group_index(groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def group_index(groups: Int64[Tensor, m], count: int) -> tuple[Int64[Tensor, "g n"], Float[Tensor, "g n"]]:
     """Index matrix (G, m) and mask (G, m) of samples with group numbers (M,)."""
     members = [(groups == g).nonzero().flatten() for g in range(count)]
     most = max(len(m) for m in members)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ..augment import Augment
@@ -36,9 +37,9 @@ class Real(NamedTuple):
     By group: inputs (G, n, *shape), labels and mask (G, n). Uniform: inputs (n, *shape), labels and mask (n,).
     """
 
-    inputs: Tensor
-    labels: Tensor
-    mask: Tensor
+    inputs: Float[Tensor, "*batch"]
+    labels: Int64[Tensor, "*index"]
+    mask: Float[Tensor, "*index"]
 
 
 class Net(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 from ..functional import Key, Tree
@@ -44,15 +45,19 @@ class DistributionMatching(Objective):
     def separable(self, network: Network) -> bool:
         return not network.mixes_samples
 
-    def _means(self, x: Tensor, mask: Tensor, net: Net, draws: Tree) -> Tensor:
+    def _means(
+        self, x: Float[Tensor, "g n *shape"], mask: Float[Tensor, "g n"], net: Net, draws: Tree
+    ) -> Float[Tensor, "g features"]:
         """Mean features (G, F) of samples (G, n, *shape) where the mask (G, n) is 1; all groups in one pass, so that
         batch norm sees the whole batch."""
         features = net.network.features(net.state, self.augment(x, draws["augment"]).flatten(0, 1))
         features = features.unflatten(0, mask.shape) * mask[..., None]
         return features.sum(1) / mask.sum(1, keepdim=True)
 
-    def target(self, real: Real, net: Net, draws: Tree) -> Tree:
+    def target(self, real: Real, net: Net, draws: Tree) -> Float[Tensor, "g features"]:
         return self._means(real.inputs, real.mask, net, draws)
 
-    def loss(self, s: Synthetic, target: Tree, net: Net, draws: Tree, own: Tree) -> tuple[Tensor, Tree]:
+    def loss(
+        self, s: Synthetic, target: Float[Tensor, "g features"], net: Net, draws: Tree, own: Tree
+    ) -> tuple[Float[Tensor, ""], Tree]:
         return (target - self._means(*s.by_group(), net, draws)).square().sum(), own
