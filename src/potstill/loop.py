@@ -64,7 +64,7 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
         recipe = ask.method
     else:
         preset = ask.preset or ("paper" if ask.steps is not None or ask.device != "cpu" else "small")
-        recipe = find(ask.method, preset)
+        recipe = find(ask.method, preset, ask.ipc if isinstance(ask.ipc, int) else max(ask.ipc))
         if not ask.preset and recipe.objective is not None:
             why = (
                 "--steps asks for the paper's numbers"

@@ -209,19 +209,17 @@ class Network:
         return x.to(dtype), statistics
 
     def forward(
-        self, state: State, x: Float[Tensor, n *shape], stats: Stats = "batch"
+        self, state: State, x: Float[Tensor, n * shape], stats: Stats = "batch"
     ) -> tuple[Float[Tensor, "n outputs"], dict[str, Tensor]]:
         """Logits, and the batch statistics that were met on the way (empty unless the norm is `batch`)."""
         return self._run(self.layers, state, x, stats)
 
-    def __call__(
-        self, state: State, x: Float[Tensor, n *shape], stats: Stats = "batch"
-    ) -> Float[Tensor, "n outputs"]:
+    def __call__(self, state: State, x: Float[Tensor, n * shape], stats: Stats = "batch") -> Float[Tensor, "n outputs"]:
         """Logits (N, outputs) of inputs (N, *shape)."""
         return self.forward(state, x, stats)[0]
 
     def features(
-        self, state: State, x: Float[Tensor, n *shape], stats: Stats = "batch"
+        self, state: State, x: Float[Tensor, n * shape], stats: Stats = "batch"
     ) -> Float[Tensor, "n features"]:
         """What the head sees: (N, features), flattened."""
         return self._run(self.layers[:-1], state, x, stats)[0]
@@ -246,7 +244,7 @@ def network(name: str, shape: tuple[int, ...], outputs: int) -> Network:
 
     Args:
         name: `kind[-norm][-wWIDTH][-dDEPTH]`: `convnet` (width 128, instance norm, depth 3 up to 32 pixels and one
-            more for each doubling, less where the image allows no more), `mlp` (width 128, no norm, depth 3).
+            more for each doubling, less below 16 pixels), `mlp` (width 128, no norm, depth 3).
         shape: Shape of one input: (channels, height, width), or (features,).
         outputs: Number of logits.
 
@@ -304,7 +302,8 @@ def convnet(shape: tuple[int, ...], outputs: int, norm: str | None, width: int |
     most = int(math.log2(min(sides)))  # every normalised map is then at least 2 x 2: on 1 x 1 instance norm gives 0
     if most < 1:
         raise PotstillError(f"network 'convnet' needs at least 2 x 2 pixels, not {sides[0]} x {sides[1]}; try 'mlp'")
-    usual = min(max(3, math.ceil(math.log2(max(sides))) - 2), most)
+    # by default the features, too, are at least 2 x 2: an instance norm just before a pool to 1 x 1 leaves next to nothing
+    usual = min(max(3, math.ceil(math.log2(max(sides))) - 2), max(1, most - 1))
     if depth is not None and depth > most:
         raise PotstillError(f"convnet depth {depth} is too deep for {sides[0]} x {sides[1]} pixels; at most {most}")
     depth = usual if depth is None else depth
