@@ -43,7 +43,11 @@ def parser() -> Parser:
     d.add_argument("--steps", type=int, help="length of the run in steps, with the paper's numbers")
     d.add_argument("--minutes", type=float, help="length of the run in minutes: compiling and loop, not evaluation")
     d.add_argument("--preset", help="paper or small")
-    d.add_argument("--network", help="what the set is learned with and judged with, such as convnet-batch-w64")
+    d.add_argument(
+        "--network",
+        help="what the set is learned with and judged with: kind[-norm][-wWIDTH][-dDEPTH], such as convnet-batch-w64, "
+        "or package.module:function",
+    )
     d.add_argument("--init", help="real or noise")
     d.add_argument(
         "--set",
