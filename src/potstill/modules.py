@@ -18,7 +18,6 @@ from .errors import PotstillError
 from .functional import Key, cast, tree_map
 from .layers import HALF, State, Stats
 
-
 DEPENDS = "is not pure under torch.func; no shape and no branch may depend on values, nothing may change in place"
 
 
@@ -69,7 +68,7 @@ class Trial:
         self.module, self.name = module, name
         self.running: list[tuple[str, nn.Module, Any]] = []
         self.linear: list[str] = []
-        self.x = torch.empty(0)
+        self.x: Tensor | None = None
         for path, part in module.named_modules():
             part.register_forward_pre_hook(lambda m, args, path=path: self._enter(path, m))
             part.register_forward_hook(lambda m, args, out: self._leave(m))
@@ -79,9 +78,11 @@ class Trial:
         return PotstillError(f"network '{self.name}': {where} {what}")
 
     def _mark(self, part: nn.Module) -> Any:
-        """What a pure call leaves as it is: generator, own tensors and the network's input."""
+        """What a pure call leaves as it is: the generator, the network's input, tensors of the submodule's own."""
+        if self.x is None:
+            return None
         own = {**dict(part.named_parameters(recurse=False)), **dict(part.named_buffers(recurse=False))}
-        return torch.get_rng_state(), {k: (id(v), v._version) for k, v in own.items()}, self.x._version
+        return torch.get_rng_state(), self.x._version, {k: (v, v._version, v.clone()) for k, v in own.items()}
 
     def _enter(self, path: str, part: nn.Module) -> None:
         self.running.append((path, part, self._mark(part)))
@@ -89,31 +90,34 @@ class Trial:
             self.linear.append(path)
 
     def _leave(self, part: nn.Module) -> None:
-        path, _, (generator, own, version) = self.running.pop()
-        now = self._mark(part)
-        if not torch.equal(generator, now[0]):
+        path, _, before = self.running.pop()
+        if self.x is None:
+            return
+        generator, version, own = before
+        if not torch.equal(generator, torch.get_rng_state()):
             cure = "set its p to 0" if isinstance(part, _DropoutNd) else "leave it out, or make it p = 0"
             raise self.error(path, part, f"draws random numbers in training mode; {cure}")
-        for name in now[1]:
-            if own.get(name) != now[1][name]:
+        for name, (tensor, number, values) in own.items():
+            now = getattr(part, name)  # some functions of PyTorch's write without counting it
+            if now is not tensor or now._version != number or not torch.equal(now, values):
                 cure = "keep nothing between calls"
                 if isinstance(part, _NormBase):
                     cure = "give it track_running_stats=False, or build with potstill.networks.Norm or another norm"
                 raise self.error(path, part, f"changes its '{name}' in place in training mode; {cure}")
-        if version != now[2]:
+        if version != self.x._version:
             raise self.error(path, part, "changes the network's input in place; give it inplace=False")
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The module's output, logits or not.
-
-        Raises:
-            PotstillError: It fails, or is not pure.
-        """
-        self.running, self.linear, self.x = [], [], x
-        return self.guarded(lambda: self.module(x))
+        """The module's output, and an error if it fails, or leaves anything else behind."""
+        self.linear, self.x = [], x
+        try:
+            return self.guarded(lambda: self.module(x))
+        finally:
+            self.x = None
 
     def guarded(self, call: Callable[[], Any], why: str = "fails") -> Any:
         """A call of the module whose failure names the submodule that was running."""
+        self.running = []
         try:
             return call()
         except PotstillError:
@@ -130,17 +134,13 @@ def split(
     """Body and head of a module that has been tried; the arguments are those of `networks.wrap`."""
     fresh = _maker(module, name)
     key = Key(0).fold("wrap")
-    with seeded(key):
-        whole = fresh()
-    if not isinstance(whole, nn.Module):
-        raise PotstillError(f"network '{name}': an nn.Module is needed, not {type(whole).__name__}")
     x = key.fold("x").normal(3, *shape)
-    with torch.no_grad():
+    with seeded(key), torch.no_grad():
+        whole = fresh()
         path, logits = _find_head(copy.deepcopy(whole), name, x, outputs, head)
-    _check_tied(whole, name, path)
-    body = _without(copy.deepcopy(whole), path)
-    top = copy.deepcopy(whole.get_submodule(path))
-    with torch.no_grad():
+        _check_tied(whole, name, path)
+        body = _without(copy.deepcopy(whole), path)
+        top = copy.deepcopy(whole.get_submodule(path))
         mixes = _try_body(copy.deepcopy(body), top, name, path, x, logits)
     return Wrapped(body, lambda: _without(fresh(), path), mixes), Wrapped(top, lambda: fresh().get_submodule(path))
 
@@ -152,7 +152,14 @@ def _maker(module: nn.Module | Callable[[], nn.Module], name: str) -> Callable[[
             raise PotstillError(
                 f"network '{name}': an nn.Module is needed, or a function that makes one, not {type(module).__name__}"
             )
-        return lambda: module().train()
+
+        def made() -> nn.Module:
+            new = module()
+            if not isinstance(new, nn.Module):
+                raise PotstillError(f"network '{name}': an nn.Module is needed, not {type(new).__name__}")
+            return new.train()
+
+        return made
     template = copy.deepcopy(module).train()
     for path, part in template.named_modules():
         own = [k for k, _ in part.named_parameters(recurse=False)]
@@ -224,7 +231,8 @@ def _try_body(body: nn.Module, top: nn.Module, name: str, path: str, x: Tensor, 
     """
     trial = Trial(body, name)
     features = trial(x)
-    if not isinstance(features, Tensor) or features.ndim != 2 or not torch.allclose(top(features), logits, 1e-4, 1e-6):
+    fits = isinstance(features, Tensor) and features.ndim == 2 and features.shape[1] == top.in_features
+    if not fits or not torch.allclose(top(features), logits, 1e-4, 1e-6):
         raise PotstillError(
             f"network '{name}' does more with its logits than its linear head '{path}'; let it end with the head, called "
             "on features (N, features)"
@@ -241,7 +249,6 @@ def _try_body(body: nn.Module, top: nn.Module, name: str, path: str, x: Tensor, 
     def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(body, {**params, **buffers}, (x,)).square().mean()
 
-    trial.x = x
     twice = tree_map(lambda p: torch.stack([p, p]), params)
     with torch.enable_grad():
         trial.guarded(lambda: vmap(grad(loss))(twice, torch.stack([x, -x])), DEPENDS)
