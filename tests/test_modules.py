@@ -137,6 +137,26 @@ def test_weights_that_are_always_the_same_are_noticed():
     assert wrap(same, "same", (1, 8, 8), 3).notes == ("same: fresh weights are always the same, whatever the seed",)
 
 
+def test_a_whole_may_draw_its_parts_itself():
+    class Whole(nn.Sequential):
+        def reset_parameters(self):
+            nn.init.zeros_(self[1].bias)
+
+    net = wrap(Whole(nn.Flatten(), nn.Linear(64, 5), nn.Linear(5, 3)), "whole", (1, 8, 8), 3)
+    params = net.init(Key(0)).params
+    assert not params["body.1.bias"].any() and params["body.1.weight"].all() and params["head.bias"].all()
+
+
+def test_frozen_weights_are_not_trained():
+    def frozen():
+        module = Mine()
+        module.stem.requires_grad_(False)
+        return module
+
+    state = wrap(frozen, "frozen", (1, 8, 8), 3).init(Key(0))
+    assert set(state.params) == {"head.weight", "head.bias"} and len(state.buffers) == 5
+
+
 # --- refused
 
 

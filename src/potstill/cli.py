@@ -71,7 +71,12 @@ def parser() -> Parser:
     e = add("evaluate", "Train fresh networks on sets and read their accuracy on the test data.")
     e.add_argument("sets", nargs="+", metavar="SET", help="a folder with a set.safetensors, or such a file")
     e.add_argument("--data", help="the data, if not the set's own")
-    e.add_argument("--networks", default="", metavar="A,B", help="if not the student that the set asks for")
+    e.add_argument(
+        "--networks",
+        default="",
+        metavar="A,B",
+        help="if not the student that the set asks for; names, or package.module:function",
+    )
     e.add_argument("--protocol", help="if not the protocol that the set asks for")
     e.add_argument("--baselines", default="", metavar="LIST", help="of random and whole, beside each set")
     e.add_argument("--seed", type=int, default=0)

@@ -46,10 +46,9 @@ class Wrapped:
     def init(self, key: Key) -> State:
         with seeded(key):
             made = self.fresh()
-        return State(
-            {k: v.detach().clone() for k, v in made.named_parameters()},
-            {k: v.detach().clone() for k, v in made.named_buffers()},
-        )
+        trained = {k: v.detach().clone() for k, v in made.named_parameters() if v.requires_grad}
+        fixed = {k: v.detach().clone() for k, v in made.named_parameters() if not v.requires_grad}
+        return State(trained, fixed | {k: v.detach().clone() for k, v in made.named_buffers()})
 
     def __call__(self, state: State, x: Tensor, stats: Stats, seen: dict[str, Tensor]) -> Tensor:
         tensors = {**state.params, **state.buffers}
@@ -102,7 +101,7 @@ class Trial:
             if now is not tensor or now._version != number or not torch.equal(now, values):
                 cure = "keep nothing between calls"
                 if isinstance(part, _NormBase):
-                    cure = "give it track_running_stats=False, or build with potstill.networks.Norm or another norm"
+                    cure = "give it track_running_stats=False, or take a norm without any, such as nn.GroupNorm"
                 raise self.error(path, part, f"changes its '{name}' in place in training mode; {cure}")
         if version != self.x._version:
             raise self.error(path, part, "changes the network's input in place; give it inplace=False")
@@ -171,7 +170,7 @@ def _maker(module: nn.Module | Callable[[], nn.Module], name: str) -> Callable[[
 
     def fresh() -> nn.Module:
         made = copy.deepcopy(template)
-        for part in made.modules():
+        for part in reversed(list(made.modules())):  # what a whole sets in its parts comes last
             if (reset := _resetter(part)) is not None:
                 reset()
         return made

@@ -186,6 +186,7 @@ def wrap(
     Args:
         module: A function (or class) without arguments that makes one, called anew for each set of fresh weights; or a
             module, whose parts then need `reset_parameters()` as those of `torch.nn` have it. It is copied, not changed.
+            Parameters that require no gradient are not trained.
         name: What records call it.
         shape: Shape of one input without the batch axis.
         outputs: Number of logits.
