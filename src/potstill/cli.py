@@ -43,7 +43,11 @@ def parser() -> Parser:
     d.add_argument("--steps", type=int, help="length of the run in steps, with the paper's numbers")
     d.add_argument("--minutes", type=float, help="length of the run in minutes: compiling and loop, not evaluation")
     d.add_argument("--preset", help="paper or small")
-    d.add_argument("--network", help="what the set is learned with and judged with, such as convnet-batch-w64")
+    d.add_argument(
+        "--network",
+        help="what the set is learned with and judged with: kind[-norm][-wWIDTH][-dDEPTH], such as convnet-batch-w64, "
+        "or package.module:function",
+    )
     d.add_argument("--init", help="real or noise")
     d.add_argument(
         "--set",
@@ -67,7 +71,12 @@ def parser() -> Parser:
     e = add("evaluate", "Train fresh networks on sets and read their accuracy on the test data.")
     e.add_argument("sets", nargs="+", metavar="SET", help="a folder with a set.safetensors, or such a file")
     e.add_argument("--data", help="the data, if not the set's own")
-    e.add_argument("--networks", default="", metavar="A,B", help="if not the student that the set asks for")
+    e.add_argument(
+        "--networks",
+        default="",
+        metavar="A,B",
+        help="if not the student that the set asks for; names, or package.module:function",
+    )
     e.add_argument("--protocol", help="if not the protocol that the set asks for")
     e.add_argument("--baselines", default="", metavar="LIST", help="of random and whole, beside each set")
     e.add_argument("--seed", type=int, default=0)

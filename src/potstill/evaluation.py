@@ -169,8 +169,10 @@ class Judge:
         mark = [self.data.fingerprint, len(train), net.name, whole.protocol.hash, self.seed, self.precision]
         cache = Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill") / "whole"
         file = cache / f"{digest(mark)}.json"
+        named = ":" not in net_name  # code from outside may change under its name
         try:
-            return Result(**json.loads(file.read_text()))
+            if named:
+                return Result(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError):
             pass  # not there, or of an older form: measured again
         seconds = Trainer(net, whole.protocol, self.data.task, False, "cpu").flops(len(train)) / EAGER_FLOPS
@@ -181,8 +183,9 @@ class Judge:
             return None
         pair = (self.data.prepare(train.inputs), train.labels)
         result = whole.judge("whole training set", "whole", None, [pair], self.data.prepare, net_name)
-        cache.mkdir(parents=True, exist_ok=True)
-        write_json(file, asdict(result))
+        if named:
+            cache.mkdir(parents=True, exist_ok=True)
+            write_json(file, asdict(result))
         return result
 
 
@@ -192,6 +195,16 @@ def _ipc(set_: DistilledSet) -> int | list[int]:
 
 
 BASELINES = ("random", "whole")
+
+
+def asked_by(set_: DistilledSet, name: str) -> str:
+    """The student that a set asks for; a file may name code from outside, but not run it."""
+    if ":" in set_.meta.student:
+        raise PotstillError(
+            f"{name} asks for the network '{set_.meta.student}', which is code from outside and is not run because a "
+            f"file says so; if you trust it: --networks {set_.meta.student}"
+        )
+    return set_.meta.student
 
 
 def check_fit(set_: DistilledSet, data: Data) -> None:
@@ -225,7 +238,7 @@ def evaluate(
     Args:
         sets: One or several, loaded or by path.
         data: The data that they stand for; the one that a set names if absent.
-        networks: Names; the student that a set asks for if absent.
+        networks: Names, or `package.module:function`; the student that a set asks for if absent.
         protocol: Name; the one that a set asks for if absent.
         baselines: Of `random` and `whole`, judged beside each set.
         repeats: Fresh networks for each number.
@@ -268,9 +281,10 @@ def evaluate(
         check_fit(set_, source)
         if source.fingerprint != set_.meta.fingerprint:
             say(f"note: {name} was made from other data than {source.name} as it is here")
-        names = list(networks) or [set_.meta.student]
-        for n in names:
-            network(n, source.shape, source.task.outputs)
+        names = list(networks) or [asked_by(set_, name)]
+        for n in dict.fromkeys(names):
+            for note in network(n, source.shape, source.task.outputs).notes:
+                say(note)
         judge = Judge(
             source, protocol_of(protocol or set_.meta.protocol), repeats, seed, device, compile, precision, say, bar
         )

@@ -84,7 +84,7 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
         settings["steps"] = ask.steps
     recipe = change(recipe, settings) if settings else recipe
     protocol_of(recipe.protocol)
-    for name in (recipe.network, recipe.student):
+    for name in dict.fromkeys((recipe.network, recipe.student)):
         for note in build_network(name, data.shape, data.task.outputs).notes:
             say(note)
     fitted = fitting(recipe.augment, data.mirror, data.shape)
@@ -350,6 +350,7 @@ def distill(
             found = evaluate_sets(
                 set_,
                 whole,  # baselines are drawn from all of the training data, as `potstill evaluate` does
+                networks=[recipe.student],
                 baselines=BASELINES,
                 repeats=repeats,
                 seed=seed,
