@@ -23,7 +23,7 @@ FILES = {"npz": "set.npz", "parquet": "train.parquet"}  # in the folder that is 
 NAME = 40  # characters of a class name in a folder's name, at most
 
 
-def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> list[Path]:
+def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> Path:
     """Write a set in a form that other programs read.
 
     Args:
@@ -58,10 +58,10 @@ def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> l
         content = _npz(made, text) if to == "npz" else _parquet(made, text)
         if single:
             write_whole(out, content)
-            return [out]
+            return out
         files = iter([(FILES[to], content)])
     write_folder(out, [*files, ("README.md", text.encode())])
-    return [out]
+    return out
 
 
 def safe_name(name: str) -> str:
@@ -216,12 +216,14 @@ LICENCE = (
 )
 
 USES = {
-    "png": """from torchvision.datasets import ImageFolder
+    "png": """from PIL import Image
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
-read = v2.Compose([v2.ToImage(){grey}, v2.ToDtype(torch.float32, scale=True){prepare}])
-set_ = ImageFolder(".", read)      # classes in their order
+read = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True){prepare}])
+set_ = ImageFolder(".", read, loader=Image.open)      # classes in their order
 image, label = set_[0]""",
-    "npz": """f = np.load("{file}")
+    "npz": """with np.load("{file}") as file:
+    f = dict(file)
 x, y = torch.from_numpy(f["x_train"]), torch.from_numpy(f["{labels}"])
 prepare = lambda raw: (raw / {scale:g} - f["mean"]) / f["std"]      # your test inputs, as in the source data
 for step in range(1000):
@@ -266,7 +268,6 @@ def card(made: DistilledSet, to: str, file: str, results: list[dict[str, Any]]) 
         mean=mean,
         std=std,
         view=".view(-1, 1, 1)" if picture else "",
-        grey=", v2.Grayscale()" if made.shape[0] == 1 else "",
         prepare=f", v2.Normalize({mean}, {std})" if plain else "",
     )
     lines = [

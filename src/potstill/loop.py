@@ -146,7 +146,7 @@ def run_steps(
             with clock.phase("looks"):
                 if (look := still.look(now)) is not None:
                     progress.looks.append({"step": step, **look})
-                    watch(step, {"heldout accuracy": look["accuracy"]})
+                    watch(step, {"heldout_accuracy": look["accuracy"]})
         if step in show_at and step not in progress.snapshots:
             progress.snapshots[step] = still.data.display(now.learned["inputs"].detach().cpu()[still.shown])
 
