@@ -73,7 +73,7 @@ def test_folders_are_in_the_order_of_classes(tmp_path):
 
 
 HOSTILE = ["../../x", "/etc/passwd", "\0", "x" * 5000, "CON", "..", ".", "", "a\nb", "C:\\x", "nul.txt", "~/.ssh", "é" * 500,
-           "\u202egpj", "a/../../b", "-rf", "$(id)", "`id`", "| x |", "日本語", "trailing. "]  # fmt: skip
+           "\u202egpj", "a/../../b", "-rf", "$(id)", "`id`", "| x |", "日本語", "trailing. ", "\ud800"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -184,6 +184,18 @@ def test_normalisation_is_asked_for_and_checked(tmp_path, stated, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_file_that_says_its_own_normalisation_is_not_contradicted(tmp_path):
+    x, y = pair()
+    np.savez(tmp_path / "a.npz", x=x.numpy(), y=y.numpy(), normalisation="0.5/0.25")
+    for stated in (None, "0.5/0.25"):
+        assert read(tmp_path / "a.npz", DATA, stated)[0].standardise == Standardise((0.5,), (0.25,))
+    with pytest.raises(PotstillError, match="normalised by 0.5/0.25; leave --normalisation unit out"):
+        read(tmp_path / "a.npz", DATA, "unit")
+    np.savez(tmp_path / "a.npz", x=x.numpy(), y=y.numpy(), normalisation=np.zeros(3))
+    with pytest.raises(PotstillError, match="is not standardise, unit, or MEAN/STD"):
+        read(tmp_path / "a.npz", DATA)
+
+
 def test_bytes_that_are_said_to_be_normalised(tmp_path):
     data, raw = data_of((1, 8, 8))
     np.savez(tmp_path / "a.npz", x=raw[:9], y=np.arange(9) % 3)

@@ -60,7 +60,7 @@ def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> P
             write_whole(out, content)
             return out
         files = iter([(FILES[to], content)])
-    write_folder(out, [*files, ("README.md", text.encode())])
+    write_folder(out, [*files, ("README.md", text.encode(errors="replace"))])
     return out
 
 
