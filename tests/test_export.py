@@ -241,6 +241,31 @@ def test_the_card_says_what_is_not_known_and_believes_no_one(tmp_path):
     assert str(tmp_path) not in text
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"scale": "1); import os; (1"},
+        {"scale": 0},
+        {"limits": [0.0, float("nan")]},
+        {"limits": [1.0, 1.0]},
+        {"limits": [0.0]},
+        {"class_names": [["a"], "b", "c"]},
+        {"transform": {"name": "standardise", "mean": ["x"] * 3, "std": [1.0] * 3, "trailing": 2}},
+    ],
+)
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_header_that_is_no_header_is_refused(tmp_path, changed, to):
+    with pytest.raises(PotstillError, match="header is damaged"):
+        export_set(set_of(**changed), to, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_strange_steps_stay_in_their_cell(tmp_path):
+    export_set(set_of(steps="<b>\n# h"), "npz", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "<b>" not in text and "\n# h" not in text
+
+
 # --- what may go wrong
 
 

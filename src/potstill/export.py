@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> P
         raise unknown("export format", to, FORMATS)
     made = source if isinstance(source, DistilledSet) else load(source)
     results = [] if isinstance(source, DistilledSet) else _results(Path(source))
+    _check(made)
     out = Path(out)
     check_free(out)
     single = FILES.get(to) is not None and out.suffix == f".{to}" and not out.is_dir()
@@ -62,6 +64,17 @@ def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> P
         files = iter([(FILES[to], content)])
     write_folder(out, [*files, ("README.md", text.encode(errors="replace"))])
     return out
+
+
+def _check(made: DistilledSet) -> None:
+    """Refuse a header whose numbers and names are none: they go into programs, pictures and paths."""
+    m = made.meta
+    numbers = [m.scale, *m.limits, *m.transform.get("mean", []), *m.transform.get("std", [])]
+    sound = all(type(v) in (int, float) and math.isfinite(v) for v in numbers) and m.scale != 0
+    if not sound or len(m.limits) != 2 or m.limits[0] == m.limits[1] or not all(type(n) is str for n in m.class_names):
+        raise PotstillError(
+            "the set's header is damaged: its scale, limits, transform or class names are not what they must be"
+        )
 
 
 def safe_name(name: str) -> str:
@@ -225,14 +238,14 @@ image, label = set_[0]""",
     "npz": """with np.load("{file}") as file:
     f = dict(file)
 x, y = torch.from_numpy(f["x_train"]), torch.from_numpy(f["{labels}"])
-prepare = lambda raw: (raw / {scale:g} - f["mean"]) / f["std"]      # your test inputs, as in the source data
+prepare = lambda raw: (raw / {scale!r} - f["mean"]) / f["std"]      # your test inputs, as in the source data
 for step in range(1000):
     ...                            # train on x and y""",
     "parquet": """from datasets import load_dataset
 rows = load_dataset("parquet", data_files="{file}", split="train").with_format("torch")[:]
 x, y = rows["input"], rows["{labels}"]
 mean, std = torch.tensor({mean}){view}, torch.tensor({std}){view}
-prepare = lambda raw: (raw / {scale:g} - mean) / std      # your test inputs, as in the source data""",
+prepare = lambda raw: (raw / {scale!r} - mean) / std      # your test inputs, as in the source data""",
 }
 
 SPACE = {
@@ -274,14 +287,13 @@ def card(made: DistilledSet, to: str, file: str, results: list[dict[str, Any]]) 
         "---", "license: unknown", f"pretty_name: {json.dumps(title)}", "task_categories:",
         f"- {'image' if picture else 'tabular'}-classification", "size_categories:", f"- {size}", "tags:",
         "- dataset-distillation", "---", "", f"# {title}", "",
-        f"A distilled set: {len(made)} synthetic samples that stand for a training set, made with potstill {_plain(m.software)}.",
-        "Networks trained on them are meant to do nearly as well as networks trained on all of it.", "",
+        f"{len(made)} samples that stand for a training set, made with potstill {_plain(m.software)}: networks are trained on them", "in place of all of it.", "",
         "| | |", "| --- | --- |", f"| source data | {_plain(m.data)}, fingerprint {_plain(m.fingerprint)} |",
         f"| classes | {len(m.class_names)}: {', '.join(map(_plain, m.class_names[:100]))} |", f"| samples per class | {ipc} |",
         f"| input | {' × '.join(map(str, made.shape))} |", f"| labels | {'soft' if made.labels.ndim == 2 else 'hard'} |",
         f"| learned learning rate | {'none' if made.lr is None else made.lr.tolist()} |",
         f"| mean, standard deviation | {made_with(made).replace('/', ' / ') if few else 'with the set'} |",
-        f"| asks for | network {_plain(m.student)}, protocol {_plain(m.protocol)} |", f"| steps, seed | {m.steps}, {m.seed} |", "",
+        f"| asks for | network {_plain(m.student)}, protocol {_plain(m.protocol)} |", f"| steps, seed | {_plain(m.steps)}, {_plain(m.seed)} |", "",
         LICENCE, "", "**What the files hold.** " + SPACE[to], "", "## Use", "", "```python",
         "import numpy as np, torch" if to == "npz" else "import torch", use, "```", "", "## Accuracy", "",
     ]  # fmt: skip
