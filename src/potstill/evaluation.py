@@ -25,6 +25,8 @@ from .compiling import (
 from .data import Data, load_data
 from .errors import PotstillError, unknown
 from .exchange import DistilledSet, load
+from .foreign import is_foreign
+from .foreign import read as read_foreign
 from .functional import Key
 from .measure import peak_bytes, reset_peak
 from .networks import network
@@ -222,6 +224,7 @@ def evaluate(
     *,
     networks: Sequence[str] = (),
     protocol: str | None = None,
+    normalisation: str | None = None,
     baselines: Sequence[str] = (),
     repeats: int = 5,
     seed: int = 0,
@@ -236,10 +239,11 @@ def evaluate(
     """Train fresh networks on sets and read their accuracy on the test data.
 
     Args:
-        sets: One or several, loaded or by path.
+        sets: One or several, loaded or by path; other projects' files too (`potstill.foreign.read`).
         data: The data that they stand for; the one that a set names if absent.
         networks: Names, or `package.module:function`; the student that a set asks for if absent.
         protocol: Name; the one that a set asks for if absent.
+        normalisation: What was done to the inputs of other projects' sets: `standardise`, `unit` or `MEAN/STD`.
         baselines: Of `random` and `whole`, judged beside each set.
         repeats: Fresh networks for each number.
         seed: Of weights, order and augmentation; the same for every set, so that numbers are paired.
@@ -268,16 +272,37 @@ def evaluate(
     check_device(device)
     keep_memory()
     several = [sets] if isinstance(sets, DistilledSet | str | Path) else list(sets)
-    loaded = [
-        (s if isinstance(s, DistilledSet) else load(s), "this set" if isinstance(s, DistilledSet) else str(s))
-        for s in several
-    ]
+    strange = [s for s in several if not isinstance(s, DistilledSet) and is_foreign(s)]
+    if strange and data is None:
+        raise PotstillError(
+            f"--data is needed with {strange[0]}: another project's file does not say what it stands for"
+        )
+    if normalisation is not None and not strange:
+        raise PotstillError("--normalisation is for other projects' files; a set of potstill's says its own")
     known: dict[str, Data] = {}
+
+    def data_for(name: str) -> Data:
+        if isinstance(data, Data):
+            return data
+        name = str(data or name)
+        if name not in known:
+            known[name] = load_data(name, data_root)
+        return known[name]
+
+    loaded: list[tuple[DistilledSet, str]] = []
+    for s in several:
+        if isinstance(s, DistilledSet):
+            loaded.append((s, "this set"))
+        elif s in strange:
+            found = read_foreign(s, data_for(""), normalisation)
+            asks = f"network {found[0].meta.student}, protocol {found[0].meta.protocol}"
+            say(f"note: {s} asks for nothing; unless you do, {asks}")
+            loaded += [(f, f"{s}#{i}" if len(found) > 1 else str(s)) for i, f in enumerate(found)]
+        else:
+            loaded.append((load(s), str(s)))
     work = []
     for set_, name in loaded:  # all mistakes before any training
-        source = data if isinstance(data, Data) else known.setdefault(str(data or set_.meta.data), None)  # type: ignore[arg-type]
-        if source is None:
-            source = known[str(data or set_.meta.data)] = load_data(str(data or set_.meta.data), data_root)
+        source = data_for(set_.meta.data)
         check_fit(set_, source)
         if source.fingerprint != set_.meta.fingerprint:
             say(f"note: {name} was made from other data than {source.name} as it is here")
@@ -295,6 +320,6 @@ def evaluate(
             results.append(judge.set(set_, name, n))
             if "random" in baselines:
                 results.append(judge.random(set_, n))
-            if "whole" in baselines and (found := judge.whole(n, affordable)):
-                results.append(found)
+            if "whole" in baselines and (whole := judge.whole(n, affordable)):
+                results.append(whole)
     return results

@@ -125,7 +125,12 @@ def points(steps: int, count: int) -> set[int]:
     return {0, *(round(steps * (i + 1) / count) for i in range(count))} if count else set()
 
 
-def run_steps(still: Still, progress: Progress, out: Path, clock: Clock, bar: Any) -> None:
+Watch = Callable[[int, Mapping[str, float]], None]  # receives steps made so far and what is known of them
+
+
+def run_steps(
+    still: Still, progress: Progress, out: Path, clock: Clock, bar: Any, watch: Watch = lambda step, values: None
+) -> None:
     """Steps until the last, with looks, snapshots and checkpoints.
 
     Raises:
@@ -141,6 +146,7 @@ def run_steps(still: Still, progress: Progress, out: Path, clock: Clock, bar: An
             with clock.phase("looks"):
                 if (look := still.look(now)) is not None:
                     progress.looks.append({"step": step, **look})
+                    watch(step, {"heldout_accuracy": look["accuracy"]})
         if step in show_at and step not in progress.snapshots:
             progress.snapshots[step] = still.data.display(now.learned["inputs"].detach().cpu()[still.shown])
 
@@ -166,6 +172,7 @@ def run_steps(still: Still, progress: Progress, out: Path, clock: Clock, bar: An
                     )
                 progress.losses[step] = loss
                 progress.at = (step + 1, after)
+                watch(step + 1, {"loss": loss})
                 bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
                 bar.update()
                 observe()
@@ -268,6 +275,7 @@ def distill(
     repeats: int = 5,
     say: Callable[[str], None] = lambda line: None,
     bar: Callable[[int, str, int], Any] | None = None,
+    watch: Watch = lambda step, values: None,
 ) -> Run:
     """Distil a labelled data set into a few synthetic samples, measure them, and keep everything in one folder.
 
@@ -295,6 +303,7 @@ def distill(
         repeats: Networks for each number.
         say: Receives lines for the user.
         bar: Makes a progress bar of a length, a title and a start.
+        watch: Receives the loss after each step and held-out accuracy at each look, by step and name.
 
     Returns:
         The set, its record and its folder.
@@ -339,7 +348,7 @@ def distill(
         recipe = still.settings.recipe
         line = bar(still.settings.steps, f"{recipe.method} on {data.name}", progress.step) if bar else Quiet()
         try:
-            run_steps(still, progress, out, clock, line)
+            run_steps(still, progress, out, clock, line, watch)
         finally:
             line.close()
         set_ = still.set(progress.at[1].learned, progress.step)
