@@ -76,7 +76,9 @@ def read(path: str | Path, data: Data, normalisation: str | None = None) -> list
     if stated is None:
         raise PotstillError(f"{file} does not say how its inputs were normalised; {ASK}")
     if own is not None and normalisation not in (None, own):
-        raise PotstillError(f"{file} says that it was normalised by {own[:200]}; leave --normalisation {normalisation} out")
+        raise PotstillError(
+            f"{file} says that it was normalised by {own[:200]}; leave --normalisation {normalisation} out"
+        )
     transform = _transform(stated, data)
     return [_made(file, x, y, data, transform, stated == "unit", lr) for x, y in chosen]
 
