@@ -91,13 +91,17 @@ def read_items(dataset: Any, what: str, names: Sequence[str] | None) -> tuple[An
     """
     from PIL import Image
 
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")) or isinstance(dataset, Tensor | np.ndarray):
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")) or isinstance(
+        dataset, Tensor | np.ndarray
+    ):
         raise PotstillError(
             f"{what} is of type {type(dataset).__name__}; a map-style Dataset is needed, with a length and numbered items"
         )
     if not len(dataset):
         raise PotstillError(f"{what} has no sample")
-    xs, ys, channels = [], [], None
+    xs: list[np.ndarray] = []
+    ys: list[int] = []
+    channels = None
     for i in range(len(dataset)):
         item = dataset[i]
         if not isinstance(item, tuple | list) or len(item) != 2:
@@ -128,5 +132,7 @@ def _whole(y: Any, what: str, names: Sequence[str] | None) -> int:
         raise PotstillError(f"{what} has the label {str(y)[:40]!r}; a whole number is needed")
     number = int(value.reshape(()))
     if names is not None and not 0 <= number < len(names):
-        raise PotstillError(f"{what} has label {number}; 0 to {len(names) - 1} is allowed, as there are {len(names)} classes")
+        raise PotstillError(
+            f"{what} has label {number}; 0 to {len(names) - 1} is allowed, as there are {len(names)} classes"
+        )
     return number

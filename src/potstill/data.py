@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .arrays import first_line as first_line
-from .arrays import as_inputs, as_labels, read_items
-from .arrays import numbers as numbers
+from .arrays import as_inputs, as_labels, first_line, numbers, read_items
 from .errors import PotstillError
 from .functional import Key
 from .transforms import Standardise, Transform, check_transform, learned
+
+__all__ = ["Classification", "Data", "Split", "Standardise", "first_line", "load_data", "numbers", "stratified"]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from .data import Data, load_data
 from .errors import PotstillError, unknown
 from .exchange import DistilledSet, load
 from .functional import Key
+from .loaders import load_named
 from .measure import peak_bytes, reset_peak
 from .networks import network
 from .records import digest, write_json
@@ -167,6 +168,7 @@ class Judge:
         net = network(net_name, self.data.shape, self.data.task.outputs)
         train = self.data.train
         mark = [self.data.fingerprint, len(train), net.name, whole.protocol.hash, self.seed, self.precision]
+        mark += [self.data.transform.name] if self.data.transform.name != "standardise" else []
         cache = Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill") / "whole"
         file = cache / f"{digest(mark)}.json"
         try:
@@ -262,10 +264,17 @@ def evaluate(
     known: dict[str, Data] = {}
     work = []
     for set_, name in loaded:  # all mistakes before any training
-        source = data if isinstance(data, Data) else known.setdefault(str(data or set_.meta.data), None)  # type: ignore[arg-type]
-        if source is None:
-            source = known[str(data or set_.meta.data)] = load_data(str(data or set_.meta.data), data_root)
+        kind = set_.meta.transform["name"]
+        if isinstance(data, Data):
+            source = data
+        elif (where := str(data or set_.meta.data)) in known:
+            source = known[where]
+        else:
+            source = load_data(where, data_root) if data else load_named(where, data_root)
+            known[where] = source
         check_fit(set_, source)
+        if source.transform.name != kind:  # baselines see what the set sees
+            source = source.with_transform(kind)
         if source.fingerprint != set_.meta.fingerprint:
             say(f"note: {name} was made from other data than {source.name} as it is here")
         names = list(networks) or [set_.meta.student]

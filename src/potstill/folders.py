@@ -91,7 +91,9 @@ def scan(folder: Path, name: str) -> Found:
                 + "; both need the same classes"
             )
     if len(train) < 2:
-        raise PotstillError(f"{name}: train/ has one class folder only ({said(next(iter(train)))}); at least two are needed")
+        raise PotstillError(
+            f"{name}: train/ has one class folder only ({said(next(iter(train)))}); at least two are needed"
+        )
     names = tuple(train)
     parts = [
         ([f for c in names for f in files[c]], [i for i, c in enumerate(names) for _ in files[c]])
@@ -108,7 +110,9 @@ def _classes(folder: Path, part: str, name: str) -> dict[str, list[File]]:
         inner = f"{part}/{entry.name}"
         _inside(folder, Path(entry.path), inner, name)
         if not entry.is_dir():
-            raise PotstillError(f"{name}: {said(inner)} is no class folder; in {part}/ there are only folders of images")
+            raise PotstillError(
+                f"{name}: {said(inner)} is no class folder; in {part}/ there are only folders of images"
+            )
         classes[entry.name] = _images(folder, Path(entry.path), inner, name)
     if not classes:
         raise PotstillError(f"{name}: {part}/ has no class folders")
@@ -122,7 +126,9 @@ def _images(folder: Path, inside: Path, inner: str, name: str) -> list[File]:
         file = f"{inner}/{entry.name}"
         _inside(folder, Path(entry.path), file, name)
         if entry.is_dir():
-            raise PotstillError(f"{name}: {said(file)} is a folder in a class folder; images lie directly in {said(inner)}")
+            raise PotstillError(
+                f"{name}: {said(file)} is a folder in a class folder; images lie directly in {said(inner)}"
+            )
         if not entry.name.lower().endswith(SUFFIXES):
             raise PotstillError(f"{name}: {said(file)} is no image ({', '.join(SUFFIXES)}); remove it or move it away")
         stat = entry.stat()
@@ -146,7 +152,9 @@ def _inside(folder: Path, path: Path, inner: str, name: str) -> None:
     if not path.exists():
         raise PotstillError(f"{name}: {said(inner)} is a link to nothing")
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise PotstillError(f"{name}: {said(inner)} is a link out of the data set's folder; put the files themselves there")
+        raise PotstillError(
+            f"{name}: {said(inner)} is a link out of the data set's folder; put the files themselves there"
+        )
 
 
 def scan_tiny(folder: Path) -> Found:

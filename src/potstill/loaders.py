@@ -44,7 +44,9 @@ def load(source: str, root: str | Path | None = None) -> Data:
             if where and path.is_dir():
                 return _table(path, name_of(path, base))
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", where):
-            raise PotstillError(f"{source} is neither a folder that is there nor a repository's name, such as hf:owner/name")
+            raise PotstillError(
+                f"{source} is neither a folder that is there nor a repository's name, such as hf:owner/name"
+            )
         return _repository(where)
     found = [p for p in (Path(source).expanduser(), base / source, base / f"{source}.npz") if source and p.exists()]
     for path in found:
@@ -75,7 +77,13 @@ def load_named(name: str, root: str | Path | None = None) -> Data:
     """
     inner = name.removeprefix("hf:")
     parts = re.split(r"[/\\]", inner)
-    if not inner.isprintable() or ".." in parts or Path(inner).is_absolute() or inner[:1] in ("/", "\\", "~") or ":" in inner:
+    if (
+        not inner.isprintable()
+        or ".." in parts
+        or Path(inner).is_absolute()
+        or inner[:1] in ("/", "\\", "~")
+        or ":" in inner
+    ):
         raise PotstillError(f"the set names its data {name!r}, which is no name below the data root; give --data")
     try:
         return load(name, root)
@@ -272,7 +280,9 @@ def _tiny_imagenet(root: Path) -> Data:
 
 def _table(path: Path, name: str) -> Data:
     """A folder of tables, read through the `datasets` library."""
-    return _decoded(name, f"hf:{path.resolve()}", tables.stamp_of(path), lambda scratch: tables.read(path, name, scratch))
+    return _decoded(
+        name, f"hf:{path.resolve()}", tables.stamp_of(path), lambda scratch: tables.read(path, name, scratch)
+    )
 
 
 def _repository(where: str) -> Data:

@@ -225,7 +225,9 @@ def _fill(
             for i, (name, content) in enumerate(pictures.batch(start, min(start + CHUNK, n)), start):
                 array = _decode(name, content, convert)
                 if array.shape != first.shape:
-                    raise Odd(f"{name} is {said(array)}, {first_name} is {said(first)}; all pictures must be equal in both")
+                    raise Odd(
+                        f"{name} is {said(array)}, {first_name} is {said(first)}; all pictures must be equal in both"
+                    )
                 out[place[i]] = array
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
@@ -238,7 +240,10 @@ def _fill(
         out.flush()
         np.save(folder / f"{split}-labels.npy", pictures.labels[rows].astype(np.int64))
         arrays += [out, np.load(folder / f"{split}-labels.npy")]
-    info = {"known": {**known(arrays), "class_names": listing.class_names}, "sizes": [(folder / f).stat().st_size for f in FILES]}
+    info = {
+        "known": {**known(arrays), "class_names": listing.class_names},
+        "sizes": [(folder / f).stat().st_size for f in FILES],
+    }
     (folder / "known.json").write_text(json.dumps(info))
     for name in (*FILES, "known.json"):
         with (folder / name).open("rb+") as handle:

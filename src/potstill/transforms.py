@@ -255,6 +255,11 @@ def describe(transform: Transform) -> dict[str, Any]:
     return {**said, "reg": transform.reg, "matrix": transform.digest} if isinstance(transform, ZCA) else said
 
 
+def matrix_of(transform: Transform) -> Tensor | None:
+    """The whitening matrix of a transform that has one."""
+    return transform.matrix if isinstance(transform, ZCA) else None
+
+
 def build(said: dict[str, Any], matrix: Tensor | None = None) -> Transform:
     """The transform that `describe` was given.
 
