@@ -166,7 +166,7 @@ class Data:
         if name == self.transform.name:
             return self
         raw = self.whole.inputs
-        plain = Standardise.of(raw, self.scale) if name != "none" else Standardise((), ())
+        plain = self.transform if isinstance(self.transform, Standardise) else Standardise.of(raw, self.scale)
         return replace(self, transform=learned(name, raw, self.scale, plain, self.fingerprint))
 
     @property

@@ -61,7 +61,7 @@ def said(name: str) -> str:
 def is_one(path: Path) -> bool:
     """Whether a path is that of a folder of images: there are folders in its `train`."""
     try:
-        return any(e.is_dir() and not e.name.startswith(".") for e in os.scandir(path / "train"))
+        return any(e.is_dir() for e in _entries(path / "train"))
     except OSError:
         return False
 

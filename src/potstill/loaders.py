@@ -41,14 +41,14 @@ def load(source: str, root: str | Path | None = None) -> Data:
     if source.startswith("hf:"):
         where = source.removeprefix("hf:")
         for path in (Path(where).expanduser(), base / where):
-            if where and path.is_dir():
+            if where and _there(path) and path.is_dir():
                 return _table(path, name_of(path, base))
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", where):
             raise PotstillError(
                 f"{source} is neither a folder that is there nor a repository's name, such as hf:owner/name"
             )
         return _repository(where)
-    found = [p for p in (Path(source).expanduser(), base / source, base / f"{source}.npz") if source and p.exists()]
+    found = [p for p in (Path(source).expanduser(), base / source, base / f"{source}.npz") if source and _there(p)]
     for path in found:
         name = name_of(path, base)
         if path.is_file() and path.suffix == ".npz":
@@ -67,6 +67,14 @@ def load(source: str, root: str | Path | None = None) -> Data:
     if "/" in source or os.sep in source:
         raise PotstillError(f"no file or folder {source}, nor in the data root {shown(base)}")
     raise unknown("data set", source, LOADERS, HINT)
+
+
+def _there(path: Path) -> bool:
+    """Whether something is at a path, whatever the path is made of."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def load_named(name: str, root: str | Path | None = None) -> Data:

@@ -97,6 +97,10 @@ def listing_of(parts: Any, name: str, folder: Path | None) -> Listing:
     columns = [_labels(parts[split], label, name, split) for split in ("train", test)]
     names = getattr(features[label], "names", None)
     if names is None:
+        for split, column in zip(("train", test), columns, strict=True):
+            if column.dtype.kind == "i" and column.min() < 0:
+                row = int(np.argmax(column < 0))
+                raise PotstillError(f"{name}: row {row} of {split} has label {column[row]}; labels begin at 0")
         values = np.unique(columns[0])
         strange = np.setdiff1d(columns[1], values)
         if len(strange):
@@ -158,9 +162,6 @@ def _labels(part: Any, column: str, name: str, split: str) -> np.ndarray:
     found = np.asarray(arrow.to_pylist())
     if found.ndim != 1 or found.dtype.kind not in "iubU":
         raise PotstillError(f"{name}: column '{column}' has values of type {found.dtype}; one class per row is needed")
-    if found.dtype.kind == "i" and int(found.min()) < 0:
-        row = int(np.argmax(found < 0))
-        raise PotstillError(f"{name}: row {row} of {split} has label {found[row]}; labels begin at 0")
     return found
 
 
