@@ -627,3 +627,18 @@ def test_the_list_names_every_source(capsys):
     assert main(["list", "datasets"]) == 0
     out = capsys.readouterr().out
     assert all(w in out for w in ("cifar10 ", "cifar100", "tiny-imagenet", "FOLDER", "hf:OWNER/NAME", "FILE.npz"))
+
+
+def test_a_repository_keeps_its_prefix(tmp_path, offline, decoded, monkeypatch):
+    table(tmp_path / "t", [0, 1, 1], classes())
+    import datasets
+
+    monkeypatch.setattr(
+        loaders.tables,
+        "fetch",
+        lambda where, name: datasets.load_dataset(str(tmp_path / "t"), cache_dir=tmp_path / "c"),
+    )
+    data = load_data("hf:owner/insects")
+    assert data.name == "hf:owner/insects" and data.slug == "owner-insects" and data.counts.tolist() == [1, 2]
+    count = len(decoded)
+    assert load_named(data.name).fingerprint == data.fingerprint and len(decoded) == count
