@@ -15,7 +15,7 @@ from typing import Any
 from . import __version__
 from .errors import PotstillError, Stopped, unknown
 
-COMMANDS = ("distill", "evaluate", "list", "show", "cite")
+COMMANDS = ("distill", "evaluate", "export", "list", "show", "cite")
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +47,11 @@ def parser() -> Parser:
     d.add_argument("--steps", type=int, help="length of the run in steps, with the paper's numbers")
     d.add_argument("--minutes", type=float, help="length of the run in minutes: compiling and loop, not evaluation")
     d.add_argument("--preset", help="paper or small")
-    d.add_argument("--network", help="what the set is learned with and judged with, such as convnet-batch-w64")
+    d.add_argument(
+        "--network",
+        help="what the set is learned with and judged with: kind[-norm][-wWIDTH][-dDEPTH], such as convnet-batch-w64, "
+        "or package.module:function",
+    )
     d.add_argument("--init", help="real or noise")
     d.add_argument("--transform", default="standardise", help="standardise, zca or none (default: standardise)")
     d.add_argument(
@@ -67,13 +71,29 @@ def parser() -> Parser:
     d.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA-METHOD-ipcN-seedS)")
     d.add_argument("--resume", action="store_true", help="continue the run in the folder")
     d.add_argument("--force", action="store_true", help="start again in a folder that holds a run")
+    d.add_argument("--tensorboard", type=Path, metavar="DIR", help="log loss and looks there for TensorBoard")
     d.add_argument("--no-evaluate", action="store_true", help="leave out accuracy and baselines at the end")
 
     e = add("evaluate", "Train fresh networks on sets and read their accuracy on the test data.")
-    e.add_argument("sets", nargs="+", metavar="SET", help="a folder with a set.safetensors, or such a file")
+    e.add_argument(
+        "sets",
+        nargs="+",
+        metavar="SET",
+        help="a set's folder or file; also a .pt of DC, DSA or DM, MTT's folder, a .npz",
+    )
     e.add_argument("--data", help="the data, if not the set's own")
-    e.add_argument("--networks", default="", metavar="A,B", help="if not the student that the set asks for")
+    e.add_argument(
+        "--networks",
+        default="",
+        metavar="A,B",
+        help="if not the student that the set asks for; names, or package.module:function",
+    )
     e.add_argument("--protocol", help="if not the protocol that the set asks for")
+    e.add_argument(
+        "--normalisation",
+        metavar="WHAT",
+        help="of another project's set: standardise, unit (pixels 0 to 1), or MEAN/STD such as 0.2861/0.3530",
+    )
     e.add_argument("--baselines", default="", metavar="LIST", help="of random and whole, beside each set")
     e.add_argument("--seed", type=int, default=0)
     e.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
@@ -85,6 +105,11 @@ def parser() -> Parser:
         p.add_argument("--device", default="cpu")
         p.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
         p.add_argument("--compile", default="auto", help="auto, on or off")
+
+    x = add("export", "Write a set as PNG, npz or Parquet, with a card that says how to use it.")
+    x.add_argument("set", metavar="SET", help="a folder with a set.safetensors, or such a file")
+    x.add_argument("--to", required=True, help="png, npz or parquet")
+    x.add_argument("--out", required=True, type=Path, metavar="PATH", help="a new folder; or a new .npz or .parquet")
 
     s = add("list", "What there is.")
     s.add_argument("what", help="methods, datasets, networks or protocols")
@@ -127,13 +152,16 @@ def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
 def _distill(args: argparse.Namespace) -> None:
     from .loop import distill
     from .recipe import Recipe, read
+    from .watch import tensorboard
 
     method: str | Recipe = read(args.recipe) if args.recipe else args.method
     names = ("steps", "minutes", "preset", "network", "init", "transform", "budget", "seed", "holdout", "out", "data_root", "device", "precision",
              "compile", "resume", "force", "repeats")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
-    run = distill(args.data, method, ipc=counts_of(args.ipc) if args.ipc is not None else None, settings=settings_of(args.set), **options,
-                  evaluate=not args.no_evaluate, say=say, bar=progress_bar)  # fmt: skip
+    with tensorboard(args.tensorboard) as watch:
+        run = distill(args.data, method, ipc=counts_of(args.ipc) if args.ipc is not None else None,
+                      settings=settings_of(args.set), **options,
+                      evaluate=not args.no_evaluate, say=say, bar=progress_bar, watch=watch)  # fmt: skip
     if run.record["results"]:
         print()
         print(table(run.record["results"]))
@@ -150,14 +178,20 @@ def _evaluate(args: argparse.Namespace) -> None:
         return [w for w in text.split(",") if w]
 
     results = evaluate(
-        args.sets, args.data, networks=words(args.networks), protocol=args.protocol, baselines=words(args.baselines),
-        repeats=args.repeats, seed=args.seed, data_root=args.data_root, device=args.device, compile=args.compile,
+        args.sets, args.data, networks=words(args.networks), protocol=args.protocol,
+        normalisation=args.normalisation, baselines=words(args.baselines), repeats=args.repeats, seed=args.seed, data_root=args.data_root, device=args.device, compile=args.compile,
         precision=args.precision, say=say, bar=progress_bar,
     )  # fmt: skip
     rows = [asdict(r) for r in results]
     if args.json:
         write_json(args.json, rows)
     print(table(rows))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .export import export_set
+
+    print(export_set(args.set, args.to, args.out))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -218,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a GPU's tools on a CPU's machine
     try:
         args = parser().parse_args(arguments)
-        {"distill": _distill, "evaluate": _evaluate, "list": _list, "show": _show, "cite": _cite}[args.command](args)
+        dict(zip(COMMANDS, (_distill, _evaluate, _export, _list, _show, _cite), strict=True))[args.command](args)
         sys.stdout.flush()
         return 0
     except PotstillError as error:

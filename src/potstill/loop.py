@@ -65,7 +65,7 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
         recipe = ask.method
     else:
         preset = ask.preset or ("paper" if ask.steps is not None or ask.device != "cpu" else "small")
-        recipe = find(ask.method, preset)
+        recipe = find(ask.method, preset, ask.ipc if isinstance(ask.ipc, int) else max(ask.ipc))
         if not ask.preset and recipe.objective is not None:
             why = (
                 "--steps asks for the paper's numbers"
@@ -85,7 +85,7 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
         settings["steps"] = ask.steps
     recipe = change(recipe, settings) if settings else recipe
     protocol_of(recipe.protocol)
-    for name in (recipe.network, recipe.student):
+    for name in dict.fromkeys((recipe.network, recipe.student)):
         for note in build_network(name, data.shape, data.task.outputs).notes:
             say(note)
     fitted = fitting(recipe.augment, data.mirror, data.shape)
@@ -126,7 +126,12 @@ def points(steps: int, count: int) -> set[int]:
     return {0, *(round(steps * (i + 1) / count) for i in range(count))} if count else set()
 
 
-def run_steps(still: Still, progress: Progress, out: Path, clock: Clock, bar: Any) -> None:
+Watch = Callable[[int, Mapping[str, float]], None]  # receives steps made so far and what is known of them
+
+
+def run_steps(
+    still: Still, progress: Progress, out: Path, clock: Clock, bar: Any, watch: Watch = lambda step, values: None
+) -> None:
     """Steps until the last, with looks, snapshots and checkpoints.
 
     Raises:
@@ -142,6 +147,7 @@ def run_steps(still: Still, progress: Progress, out: Path, clock: Clock, bar: An
             with clock.phase("looks"):
                 if (look := still.look(now)) is not None:
                     progress.looks.append({"step": step, **look})
+                    watch(step, {"heldout_accuracy": look["accuracy"]})
         if step in show_at and step not in progress.snapshots:
             progress.snapshots[step] = still.data.display(now.learned["inputs"].detach().cpu()[still.shown])
 
@@ -167,6 +173,7 @@ def run_steps(still: Still, progress: Progress, out: Path, clock: Clock, bar: An
                     )
                 progress.losses[step] = loss
                 progress.at = (step + 1, after)
+                watch(step + 1, {"loss": loss})
                 bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
                 bar.update()
                 observe()
@@ -271,6 +278,7 @@ def distill(
     repeats: int = 5,
     say: Callable[[str], None] = lambda line: None,
     bar: Callable[[int, str, int], Any] | None = None,
+    watch: Watch = lambda step, values: None,
 ) -> Run:
     """Distil a labelled data set into a few synthetic samples, measure them, and keep everything in one folder.
 
@@ -301,6 +309,7 @@ def distill(
         repeats: Networks for each number.
         say: Receives lines for the user.
         bar: Makes a progress bar of a length, a title and a start.
+        watch: Receives the loss after each step and held-out accuracy at each look, by step and name.
 
     Returns:
         The set, its record and its folder.
@@ -361,7 +370,7 @@ def distill(
         recipe = still.settings.recipe
         line = bar(still.settings.steps, f"{recipe.method} on {data.name}", progress.step) if bar else Quiet()
         try:
-            run_steps(still, progress, out, clock, line)
+            run_steps(still, progress, out, clock, line, watch)
         finally:
             line.close()
         set_ = still.set(progress.at[1].learned, progress.step)
@@ -372,6 +381,7 @@ def distill(
             found = evaluate_sets(
                 set_,
                 whole,  # baselines are drawn from all of the training data, as `potstill evaluate` does
+                networks=[recipe.student],
                 baselines=BASELINES,
                 repeats=repeats,
                 seed=seed,
