@@ -16,7 +16,7 @@ from torch import Tensor
 from .data import Data, Standardise, first_line
 from .errors import PotstillError
 from .exchange import DistilledSet, describe_set
-from .methods import METHODS
+from .recipe import find
 
 PROTOCOL = "dsa"  # what a set is judged by that asks for nothing
 SUFFIXES = (".pt", ".pth", ".npz")
@@ -76,7 +76,9 @@ def read(path: str | Path, data: Data, normalisation: str | None = None) -> list
     if stated is None:
         raise PotstillError(f"{file} does not say how its inputs were normalised; {ASK}")
     if own is not None and normalisation not in (None, own):
-        raise PotstillError(f"{file} says that it was normalised by {own[:200]}; leave --normalisation {normalisation} out")
+        raise PotstillError(
+            f"{file} says that it was normalised by {own[:200]}; leave --normalisation {normalisation} out"
+        )
     transform = _transform(stated, data)
     return [_made(file, x, y, data, transform, stated == "unit", lr) for x, y in chosen]
 
@@ -128,7 +130,7 @@ def _made(file: Path, x: Any, y: Any, data: Data, transform: Standardise, raw: b
         raise PotstillError(f"{file} holds whole numbers: pixels that nothing was done to, so --normalisation unit")
     hard = labels if labels.ndim == 1 else labels.argmax(1)
     counts = torch.bincount(hard, minlength=classes).tolist()
-    about = describe_set(replace(data, transform=transform), METHODS["random"]("paper"), counts, 0, 0)
+    about = describe_set(replace(data, transform=transform), find("random"), counts, 0, 0)
     student = "convnet" if len(data.shape) == 3 else "mlp"
     meta = replace(about, method="foreign", labels="hard" if labels.ndim == 1 else "soft", recipe={}, student=student,
                    protocol=PROTOCOL, software="unknown")  # fmt: skip
