@@ -468,6 +468,7 @@ def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch, offline):
     assert "pip install 'potstill[hf]'" in refused(f"hf:{tmp_path / 't'}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (REAL / "cifar10-jpeg75").is_dir(), reason="POTSTILL_DATA has no cifar10-jpeg75")
 def test_cifar10_from_tables(offline):
     pytest.importorskip("datasets")
