@@ -35,11 +35,15 @@ def parser() -> Parser:
         return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
 
     d = add("distill", "Distil a data set and measure the result.")
-    d.add_argument("data", help="a name of `potstill list datasets`, or the path of a .npz")
+    d.add_argument(
+        "data",
+        help="a name of `potstill list datasets`, a .npz, a folder of images, or hf:FOLDER or hf:OWNER/NAME",
+    )
     d.add_argument(
         "--method", default="dm", help="a name of `potstill list methods`, or package.module:recipe (default: dm)"
     )
-    d.add_argument("--ipc", default="1", metavar="N|N1,N2,...", help="images per class (default: 1)")
+    d.add_argument("--ipc", metavar="N|N1,N2,...", help="images per class (default: 1)")
+    d.add_argument("--budget", type=int, metavar="B", help="images in total, in place of --ipc")
     d.add_argument("--steps", type=int, help="length of the run in steps, with the paper's numbers")
     d.add_argument("--minutes", type=float, help="length of the run in minutes: compiling and loop, not evaluation")
     d.add_argument("--preset", help="paper or small")
@@ -49,6 +53,7 @@ def parser() -> Parser:
         "or package.module:function",
     )
     d.add_argument("--init", help="real or noise")
+    d.add_argument("--transform", default="standardise", help="standardise, zca or none (default: standardise)")
     d.add_argument(
         "--set",
         action="append",
@@ -150,11 +155,12 @@ def _distill(args: argparse.Namespace) -> None:
     from .watch import tensorboard
 
     method: str | Recipe = read(args.recipe) if args.recipe else args.method
-    names = ("steps", "minutes", "preset", "network", "init", "seed", "holdout", "out", "data_root", "device", "precision",
+    names = ("steps", "minutes", "preset", "network", "init", "transform", "budget", "seed", "holdout", "out", "data_root", "device", "precision",
              "compile", "resume", "force", "repeats")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     with tensorboard(args.tensorboard) as watch:
-        run = distill(args.data, method, ipc=counts_of(args.ipc), settings=settings_of(args.set), **options,
+        run = distill(args.data, method, ipc=counts_of(args.ipc) if args.ipc is not None else None,
+                      settings=settings_of(args.set), **options,
                       evaluate=not args.no_evaluate, say=say, bar=progress_bar, watch=watch)  # fmt: skip
     if run.record["results"]:
         print()
@@ -209,7 +215,7 @@ def progress_bar(total: int, title: str, start: int) -> Any:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from .data import LOADERS
+    from .loaders import FORMS, LOADERS
     from .methods import METHODS
     from .networks import NETWORKS
     from .training import PROTOCOLS
@@ -223,6 +229,8 @@ def _list(args: argparse.Namespace) -> None:
     elif args.what in tables:
         for name, made in tables[args.what].items():
             print(f"{name:15} {(made.__doc__ or '').strip().splitlines()[0]}")
+        for form, text in FORMS.items() if args.what == "datasets" else ():
+            print(f"{form:15} {text}")
     else:
         raise unknown("list of", args.what, [*tables, "protocols"])
 

@@ -28,6 +28,7 @@ from .exchange import DistilledSet, load
 from .foreign import is_foreign
 from .foreign import read as read_foreign
 from .functional import Key
+from .loaders import load_named
 from .measure import peak_bytes, reset_peak
 from .networks import network
 from .records import digest, write_json
@@ -169,6 +170,7 @@ class Judge:
         net = network(net_name, self.data.shape, self.data.task.outputs)
         train = self.data.train
         mark = [self.data.fingerprint, len(train), net.name, whole.protocol.hash, self.seed, self.precision]
+        mark += [self.data.transform.name] if self.data.transform.name != "standardise" else []
         cache = Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill") / "whole"
         file = cache / f"{digest(mark)}.json"
         named = ":" not in net_name  # code from outside may change under its name
@@ -284,10 +286,10 @@ def evaluate(
     def data_for(name: str) -> Data:
         if isinstance(data, Data):
             return data
-        name = str(data or name)
-        if name not in known:
-            known[name] = load_data(name, data_root)
-        return known[name]
+        where = str(data or name)
+        if where not in known:
+            known[where] = load_data(where, data_root) if data else load_named(where, data_root)
+        return known[where]
 
     loaded: list[tuple[DistilledSet, str]] = []
     for s in several:
@@ -302,8 +304,10 @@ def evaluate(
             loaded.append((load(s), str(s)))
     work = []
     for set_, name in loaded:  # all mistakes before any training
-        source = data_for(set_.meta.data)
+        source, kind = data_for(set_.meta.data), set_.meta.transform["name"]
         check_fit(set_, source)
+        if source.transform.name != kind:  # baselines see what the set sees
+            source = source.with_transform(kind)
         if source.fingerprint != set_.meta.fingerprint:
             say(f"note: {name} was made from other data than {source.name} as it is here")
         names = list(networks) or [asked_by(set_, name)]

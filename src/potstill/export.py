@@ -18,6 +18,7 @@ from PIL import Image
 from .errors import PotstillError, unknown
 from .exchange import DistilledSet, load
 from .records import check_free, read_json, write_folder, write_whole
+from .transforms import Standardise
 
 FORMATS = ("png", "npz", "parquet")
 FILES = {"npz": "set.npz", "parquet": "train.parquet"}  # in the folder that is made where PATH names no file
@@ -132,12 +133,12 @@ def _arrays(made: DistilledSet) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         PotstillError: The set has been through more than them.
     """
-    if made.meta.transform.get("name") != "standardise":
+    t = made.standardise if made.meta.transform.get("name") == "standardise" else None
+    if not isinstance(t, Standardise):
         raise PotstillError(
             f"--to npz and --to parquet state mean and standard deviation, and the set has the transform "
             f"'{made.meta.transform.get('name')}'; --to png, or the set.safetensors itself, which holds all of it"
         )
-    t = made.standardise
     mean, std = (np.array(v, np.float32).reshape(-1, *(1,) * t.trailing) for v in (t.mean, t.std))
     return mean, std
 
@@ -168,8 +169,8 @@ def _npz(made: DistilledSet, text: str) -> bytes:
 
 def made_with(made: DistilledSet) -> str:
     """Mean and standard deviation as `--normalisation` takes them."""
-    t = made.standardise
-    return "/".join(",".join(map(repr, column)) for column in (t.mean, t.std))
+    t = made.meta.transform
+    return "/".join(",".join(map(repr, t[column])) for column in ("mean", "std"))
 
 
 def _parquet(made: DistilledSet, text: str) -> bytes:
@@ -268,8 +269,8 @@ def card(made: DistilledSet, to: str, file: str, results: list[dict[str, Any]]) 
     title = f"{_plain(m.method)} on {_plain(m.data)}, {len(made)} samples"
     ipc = str(m.ipc[0]) if len(set(m.ipc)) == 1 else ", ".join(map(str, m.ipc))
     plain = m.transform.get("name") == "standardise"
-    few = plain and len(made.standardise.mean) <= 16
-    mean, std = (list(made.standardise.mean), list(made.standardise.std)) if plain else ([], [])
+    few = plain and len(m.transform["mean"]) <= 16
+    mean, std = (list(m.transform["mean"]), list(m.transform["std"])) if plain else ([], [])
     if to == "png":  # a picture's 0 and 1 are the set's limits
         low, high = m.limits
         mean, std = [(v - low) / (high - low) for v in mean], [v / (high - low) for v in std]

@@ -25,7 +25,8 @@ from .networks import network as build_network
 from .outcome import record_of, write
 from .recipe import Recipe, change, find
 from .still import Settings, Still
-from .synthetic import counts_per_group, initialise
+from .synthetic import counts_per_group, initialise, share
+from .transforms import check_transform, matrix_of
 
 SAVE_EVERY = 30.0  # seconds between checkpoints; they change no number
 DIVERGED = 1e3  # a loss so many times the largest of the first ten has run away
@@ -255,12 +256,14 @@ def distill(
     data: Data | str | Path,
     method: str | Recipe = "dm",
     *,
-    ipc: int | Sequence[int] = 1,
+    ipc: int | Sequence[int] | None = None,
+    budget: int | None = None,
     steps: int | None = None,
     minutes: float | None = None,
     preset: str | None = None,
     network: str | None = None,
     init: str | None = None,
+    transform: str | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     holdout: float = 0.1,
@@ -280,15 +283,18 @@ def distill(
     """Distil a labelled data set into a few synthetic samples, measure them, and keep everything in one folder.
 
     Args:
-        data: A name (`potstill list datasets`), the path of a `.npz`, or a `Data`.
+        data: What `load_data` takes, a name or a path, or a `Data`.
         method: A name (`potstill list methods`) or a recipe of your own.
-        ipc: Images per class, one number or one for each.
+        ipc: Images per class, one number or one for each; 1 if neither this nor `budget` is given.
+        budget: Images in total: as equal a number for each class as its size allows, what is left over one each to the
+            larger classes.
         steps: Length of the run in steps; without `preset` this means the paper's numbers.
         minutes: Length of the run in minutes, compiling included and evaluation not: the steps that fit are counted
             before the first one.
         preset: `paper` or `small`.
         network: What the set is learned with and asks to be judged with.
         init: `real` or `noise`.
+        transform: `standardise`, `zca` or `none`; that of the data, usually `standardise`, if absent.
         settings: Recipe fields to change, dotted path to value.
         seed: Of everything random.
         holdout: Share of the training data kept apart for looks.
@@ -316,7 +322,11 @@ def distill(
         >>> run = distill("digits", "dm", ipc=1, steps=50)  # doctest: +SKIP
         >>> run.record["results"][0]["accuracy_mean"]  # doctest: +SKIP
     """
-    counts = ipc if isinstance(ipc, int) else list(ipc)
+    if ipc is not None and budget is not None:
+        raise PotstillError("--ipc and --budget exclude each other; give one")
+    if transform is not None:
+        check_transform(transform)
+    counts = 1 if ipc is None else ipc if isinstance(ipc, int) else list(ipc)
     ask = Ask(
         method, counts, steps, minutes, preset, network, init, settings or {}, seed, holdout, device, precision, compile
     )
@@ -328,10 +338,20 @@ def distill(
     reset_peak(device)
     with clock.phase("data"):
         whole = data if isinstance(data, Data) else load_data(data, data_root)
+        whole = whole.with_transform(transform) if transform is not None else whole
         data = whole.hold_out(holdout)
+    if budget is not None:
+        counts = share(budget, data.counts)
+        ask = replace(ask, ipc=counts)
     recipe = recipe_of(ask, data, lambda line: None)  # every mistake before the folder is touched
-    label = f"ipc{counts}" if isinstance(counts, int) else "ipc" + "-".join(map(str, counts))[:40]
-    out = Path(out) if out is not None else Path("runs") / f"{data.name}-{recipe.method}-{label}-seed{seed}"
+    label = (
+        f"budget{budget}"
+        if budget is not None
+        else f"ipc{counts}"
+        if isinstance(counts, int)
+        else "ipc" + "-".join(map(str, counts))[:40]
+    )
+    out = Path(out) if out is not None else Path("runs") / f"{data.slug}-{recipe.method}-{label}-seed{seed}"
     each = counts_per_group(counts, data.counts)
     choose_precision(precision, device, build_network(recipe.network, data.shape, data.task.outputs))
     choose_compile(compile, 0.0, device)
@@ -341,7 +361,9 @@ def distill(
     still, progress = None, None
     if recipe.objective is None:
         s = initialise(data, each, recipe.init, Key(seed).fold("init"))
-        set_ = DistilledSet(*s.take(torch.arange(len(s))), describe_set(data, recipe, each, seed, 0))
+        set_ = DistilledSet(
+            *s.take(torch.arange(len(s))), describe_set(data, recipe, each, seed, 0), None, matrix_of(data.transform)
+        )
         set_.save(out / "set.safetensors")
     else:
         still, progress = prepare(ask, data, out, resume, clock, say)

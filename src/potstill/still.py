@@ -20,6 +20,7 @@ from .recipe import Recipe, to_dict
 from .records import processor
 from .synthetic import Synthetic, initialise
 from .training import LOOK, Trainer
+from .transforms import matrix_of
 
 SHOWN = 100  # samples in a snapshot
 CHUNK = 256  # real samples in one pass: what a processor's caches like (measured against 2,560: 1.0 s to 1.1-1.9 s)
@@ -59,6 +60,7 @@ class Settings:
             **{k: v for k, v in vars(self).items() if k != "recipe"},
             "recipe": to_dict(self.recipe),
             "fingerprint": data.fingerprint,
+            "transform": data.transform.name,
             "torch": torch.__version__,
             "processor": processor(),
         }
@@ -198,7 +200,7 @@ class Still:
         s = self.synthetic(to(learned, self.device))
         inputs, labels = to(s.take(torch.arange(len(self.start), device=self.device)), "cpu")
         meta = describe_set(self.data, self.settings.recipe, self.settings.counts, self.settings.seed, step)
-        return DistilledSet(inputs.detach(), labels, meta)
+        return DistilledSet(inputs.detach(), labels, meta, matrix=matrix_of(self.data.transform))
 
     def look(self, now: Now) -> dict[str, Any] | None:
         """Accuracy on held-out data of one narrow network trained shortly on S; nothing where nothing is held out."""

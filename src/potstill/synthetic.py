@@ -68,6 +68,38 @@ def counts_per_group(ipc: int | list[int] | tuple[int, ...], available: Tensor) 
     return counts
 
 
+def share(budget: int, available: Tensor) -> list[int]:
+    """A total number of images divided among the classes, one number for each.
+
+    Every class gets the same, or all that it has where that is less. What the division leaves over goes one each to
+    the larger classes, the first of those of equal size.
+
+    Args:
+        budget: Images in total.
+        available: Training samples per group (G,).
+
+    Raises:
+        PotstillError: Fewer images than classes, or more than training samples.
+
+    Example:
+        >>> share(11, torch.tensor([9, 2, 9]))
+        [5, 2, 4]
+    """
+    sizes = available.tolist()
+    if budget < len(sizes):
+        raise PotstillError(
+            f"--budget {budget} is below the {len(sizes)} classes; at least 1 image per class is needed"
+        )
+    if budget > sum(sizes):
+        raise PotstillError(f"--budget {budget} is more than the {sum(sizes)} training samples")
+    level = max(n for n in range(budget + 1) if sum(min(n, size) for size in sizes) <= budget)
+    counts = [min(level, size) for size in sizes]
+    larger = sorted((g for g, size in enumerate(sizes) if size > level), key=lambda g: -sizes[g])
+    for g in larger[: budget - sum(counts)]:
+        counts[g] += 1
+    return counts
+
+
 def group_index(groups: Int64[Tensor, m], count: int) -> tuple[Int64[Tensor, "g n"], Float[Tensor, "g n"]]:
     """Index matrix (G, m) and mask (G, m) of samples with group numbers (M,)."""
     members = [(groups == g).nonzero().flatten() for g in range(count)]
