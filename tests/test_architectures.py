@@ -225,7 +225,7 @@ def test_any_image_and_every_normalised_map_at_least_2x2(kind, norm, maps):
             assert logits.shape == (3, 10) and logits.isfinite().all()
             assert len(maps) == (0 if norm == "none" else CONVOLUTIONS[kind])
             assert all(min(sides) >= 2 for sides in maps), (sides, maps)
-            assert not torch.allclose(logits[0], logits[1])
+            assert not torch.equal(logits[0], logits[1])  # instance norm on 1 x 1 would give every image the same
             features = net.features(state, x)
         assert features.ndim == 2 and torch.equal(net.head(state, features), logits)
         assert (net.shape, net.outputs, net.mixes_samples) == ((channels, *sides), 10, norm == "batch")
