@@ -198,6 +198,18 @@ def repeats_with_its_seed(recipe: Recipe, data: Data) -> None:
     assert first != _losses(recipe, data, seed=4), "another seed gives the same losses"
 
 
+def draws_anew_each_step(recipe: Recipe, data: Data) -> None:
+    """Two steps see other real samples and other draws, and the same step sees the same again."""
+    still = still_for(recipe, data)
+    now = still.fresh()
+    first, second, again = (still.inputs_of(now, step) for step in (0, 1, 0))
+    assert _equal((first[1].state, *first[2:]), (again[1].state, *again[2:])), "the same step draws other numbers"
+    for what, a, b in (("real batch", first[2], second[2]), ("network", first[1].state, second[1].state)):
+        assert a is None or not _equal(a, b), f"two steps have the same {what}"
+    if leaves(first[3]):
+        assert not _equal(first[3], second[3]), "two steps have the same draws"
+
+
 def falls_at_a_fixed_network(recipe: Recipe, data: Data) -> None:
     """A small step down the gradient at one network, batch and draw makes the loss smaller, by what the slope says."""
     point = Point(still_for(recipe, data))
@@ -234,6 +246,7 @@ CHECKS: tuple[Callable[[Recipe, Data], None], ...] = (
     loss_comes_in_parts,
     leaves_the_network_alone,
     repeats_with_its_seed,
+    draws_anew_each_step,
     falls_at_a_fixed_network,
     survives_files,
 )
