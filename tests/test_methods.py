@@ -65,6 +65,9 @@ def test_every_method_cites_its_paper(method):
         ({"init": "reel"}, "real"),
         ({"steps": -1}, "below 0"),
         ({"source.size": 0}, "below 1"),
+        ({"objective.real": 0}, "objective.real = 0 is below 1"),
+        ({"learn": []}, "nothing is learned"),
+        ({"method": "../../etc"}, "is no name"),
     ],
 )
 def test_a_wrong_field_is_named(settings, words):

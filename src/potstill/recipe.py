@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -68,6 +69,12 @@ class Recipe:
                 raise unknown("learnable part of S", part, LEARNABLE)
             if part not in self.optimiser:
                 raise PotstillError(f"recipe: '{part}' is learned but has no optimiser; set optimiser.{part}")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.:-]*", self.method):
+            raise PotstillError(f"method '{self.method}' is no name: letters, digits and . : _ - are allowed")
+        if self.objective is not None:
+            if not self.learn:
+                raise PotstillError("recipe: nothing is learned; learn needs at least one of " + ", ".join(LEARNABLE))
+            _ = self.objective.needs  # its sizes are checked
         for name in ("steps", "looks"):
             if getattr(self, name) < 0:
                 raise PotstillError(f"recipe: {name} = {getattr(self, name)} is below 0")

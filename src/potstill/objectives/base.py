@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..augment import Augment
 from ..data import Classification
+from ..errors import PotstillError
 from ..functional import Key, Tree
 from ..networks import Network, State
 from ..synthetic import Synthetic
@@ -23,12 +24,23 @@ class ByGroup:
 
     count: int
 
+    def __post_init__(self) -> None:
+        _at_least_one(self.count)
+
 
 @dataclass(frozen=True)
 class Uniform:
     """A real batch of `count` samples drawn from all: inputs (count, *shape)."""
 
     count: int
+
+    def __post_init__(self) -> None:
+        _at_least_one(self.count)
+
+
+def _at_least_one(count: int) -> None:
+    if count < 1:
+        raise PotstillError(f"objective.real = {count} is below 1: a step compares with at least one real sample")
 
 
 class Real(NamedTuple):
