@@ -5,8 +5,8 @@ import random
 # beartype picks which item of a list to look at by `random.getrandbits`; given a generator of its own, it leaves the
 # global one alone, which tests watch
 _global, random.getrandbits = random.getrandbits, random.Random(0).getrandbits
-from beartype import BeartypeConf, beartype  # noqa: E402
-from beartype._check.code import codemain  # noqa: E402, F401  (binds the generator)
+from beartype import BeartypeConf, beartype
+from beartype._check.code import codemain  # noqa: F401  (binds the generator)
 
 random.getrandbits = _global
 

@@ -44,7 +44,7 @@ def parser() -> Parser:
     d.add_argument("--minutes", type=float, help="length of the run in minutes: compiling and loop, not evaluation")
     d.add_argument("--preset", help="paper or small")
     d.add_argument("--network", help="what the set is learned with and judged with, such as convnet-batch-w64")
-    d.add_argument("--init", help="real or noise")
+    d.add_argument("--init", help="real, noise, herding, k-center, k-means or k-means-centre")
     d.add_argument(
         "--set",
         action="append",
@@ -69,7 +69,9 @@ def parser() -> Parser:
     e.add_argument("--data", help="the data, if not the set's own")
     e.add_argument("--networks", default="", metavar="A,B", help="if not the student that the set asks for")
     e.add_argument("--protocol", help="if not the protocol that the set asks for")
-    e.add_argument("--baselines", default="", metavar="LIST", help="of random and whole, beside each set")
+    e.add_argument(
+        "--baselines", default="", metavar="LIST", help="of random, k-means, random-soft and whole, beside each set"
+    )
     e.add_argument("--seed", type=int, default=0)
     e.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     for p in (d, e):
