@@ -34,7 +34,7 @@ SMALL = {"network": "convnet-w8", "student": "convnet-w8"}
 def short(monkeypatch):
     """Trainings of a few epochs."""
     monkeypatch.setattr(still, "LOOK", replace(still.LOOK, epochs=5))
-    monkeypatch.setattr(teacher, "LOOK", replace(teacher.LOOK, epochs=20))
+    monkeypatch.setattr(teacher, "QUICK", replace(teacher.QUICK, epochs=20))
     for name in ("dsa", "whole"):
         monkeypatch.setitem(PROTOCOLS, name, replace(PROTOCOLS[name], epochs=8, steps=0))
 
@@ -366,7 +366,7 @@ def test_test_data_play_no_part_and_held_out_data_do(short, tmp_path, monkeypatc
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
     b = soft_run(other, tmp_path / "b").set
     assert torch.equal(a.labels, b.labels) and a.meta.teacher == b.meta.teacher
-    monkeypatch.setattr(teacher, "LOOK", replace(teacher.LOOK, epochs=200))
+    monkeypatch.setattr(teacher, "QUICK", replace(teacher.QUICK, epochs=200))
     monkeypatch.setitem(PROTOCOLS, "whole", replace(PROTOCOLS["whole"], epochs=60))
     part = data.hold_out(0.1)
     wrong = replace(part, heldout=Split(part.heldout.inputs, (part.heldout.labels + 1) % 3))
