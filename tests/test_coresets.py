@@ -434,6 +434,16 @@ def test_a_teacher_is_trained_once_and_for_its_own_data(short, monkeypatch, tmp_
     assert school.teacher("mlp-w8").state.params["head.weight"].shape == (2, 8)
 
 
+def test_only_the_given_seed_decides_about_a_teacher(short):
+    data = toy(sizes=(20, 20)).hold_out(0.1)
+    inputs = data.prepare(data.train.inputs[::4])
+    before = global_state()
+    made = [School(data, seed).teacher("mlp-w8").label(data, inputs, "mlp-w8", Key(0)).labels for seed in (0, 1)]
+    spaces = [School(data, seed).embedding("random-features", "mlp-w8")(data.train.inputs) for seed in (0, 1)]
+    assert global_state() == before
+    assert not torch.equal(*made) and not torch.equal(*spaces)
+
+
 # --- as baselines ------------------------------------------------------------------------------------------------
 
 
