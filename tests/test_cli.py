@@ -54,8 +54,8 @@ def refused(capsys, *arguments, code=2):
     ("arguments", "words"),
     [
         (
-            ["distill", "digits", "--method", "dn"],
-            "no method 'dn'; did you mean 'dm'? `potstill list methods` shows all",
+            ["distill", "digits", "--method", "dsn"],
+            "no method 'dsn'; did you mean 'dsa'? `potstill list methods` shows all",
         ),
         (["distill", "digit"], "did you mean 'digits'?"),
         (["distill", "no/such/file.npz"], "no file no/such/file.npz"),

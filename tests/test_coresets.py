@@ -521,3 +521,79 @@ def test_a_class_that_is_too_small_for_its_soft_baseline_is_said(short, tmp_path
     less = replace(data, train=data.train[torch.arange(5, len(data.train))])
     with pytest.raises(PotstillError, match="more than the 7 training samples of class 0"):
         potstill.evaluate(run.set, less, repeats=1, baselines=["random"])
+
+
+# --- with transforms, networks from outside and other projects' sets ----------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["herding", "k-means-centre", "random-soft"])
+@pytest.mark.parametrize("transform", ["zca", "none"])
+def test_a_coreset_goes_through_the_transform_and_takes_it_along(short, tmp_path, method, transform):
+    options = {"ipc": 3, "settings": SMALL, "evaluate": False, "transform": transform}
+    data = toy(sizes=(40, 30, 20))
+    run = potstill.distill(data, method, out=tmp_path / "run", **options)
+    again, seen = potstill.load(tmp_path / "run"), data.with_transform(transform)
+    assert torch.equal(again.inputs, run.set.inputs) and again.meta.transform["name"] == transform
+    assert (again.matrix is not None) == (transform == "zca")
+    assert torch.allclose(again.transform(data.train.inputs), seen.prepare(data.train.inputs), atol=1e-5)
+    real = seen.prepare(data.train.inputs)
+    found = [torch.isclose(real, row, atol=1e-5).flatten(1).all(1).any().item() for row in run.set.inputs]
+    assert all(found) or method == "k-means-centre"
+    start = {"herding": "herding", "k-means-centre": "k-means-centre", "random-soft": "real"}[method]
+    moved = potstill.distill(data, "dsa", init=start, steps=0, out=tmp_path / "start", **options)
+    assert torch.equal(moved.set.inputs, run.set.inputs)
+
+
+def test_every_baseline_goes_through_the_transform_of_the_set(short, monkeypatch, tmp_path):
+    data, seen = toy(sizes=(40, 30, 20)), {}
+    made = potstill.distill(
+        data, "random", ipc=3, transform="zca", settings=SMALL, evaluate=False, out=tmp_path / "run"
+    ).set
+    judge = Judge.judge
+
+    def spy(self, name, method, ipc, sets, prepare, *rest, **options):
+        seen[name] = sets, prepare
+        return judge(self, name, method, ipc, sets, prepare, *rest, **options)
+
+    monkeypatch.setattr(Judge, "judge", spy)
+    potstill.evaluate(made, data, repeats=2, baselines=evaluation.BASELINES)
+    assert len(seen) == 5
+    whitened, raw = data.with_transform("zca").prepare(data.train.inputs), data.train.inputs
+    for name, (sets, prepare) in seen.items():
+        assert torch.allclose(prepare(raw), whitened, atol=1e-5), name
+        for x, _ in sets:
+            assert all(torch.isclose(whitened, row, atol=1e-5).flatten(1).all(1).any() for row in x), name
+
+
+def test_a_teacher_from_outside_is_not_kept(short, monkeypatch, tmp_path):
+    """Its code may change under its name."""
+    (tmp_path / "outside_teacher.py").write_text(
+        "from potstill.networks import network\ndef mine(shape, outputs):\n    return network('mlp-w8', shape, outputs)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    data, name = toy(sizes=(20, 20)).hold_out(0.1), "outside_teacher:mine"
+    school = School(data, 0)
+    made, known = school.teacher(name), school.teacher("mlp-w8")
+    assert not school.file(name).exists() and school.file("mlp-w8").exists()
+    assert school.seconds(name) > 0 == school.seconds("mlp-w8")
+    inputs = data.prepare(data.train.inputs)
+    assert torch.equal(made.logits(inputs), known.logits(inputs))
+    labels = made.label(data, inputs[::4], name, Key(0))
+    assert labels.teacher == name and labels.labels.shape == (9, 2)
+
+
+def test_baselines_of_a_set_that_lacks_a_class(short, tmp_path):
+    """Another project's set may; ours have one of each at least."""
+    data = toy(sizes=(40, 30, 20))
+    np.savez(tmp_path / "foreign.npz", x_train=np.zeros((3, 1, 8, 8), np.float32), y_train=np.array([0, 0, 2]))
+    found = potstill.evaluate(
+        tmp_path / "foreign.npz", data, networks=["mlp-w8"], normalisation="standardise", repeats=1,
+        baselines=["random", "k-means", "random-soft"],
+    )  # fmt: skip
+    assert [r.images for r in found] == [3] * 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_take_images_per_class(method):
+    assert METHODS[method]("small", 10).method == method == recipes.find(method, "small", 10).method

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from potstill import data as module
-from potstill.data import LOADERS, Data, Standardise, load_data, shown, stratified
+from potstill import loaders as module
+from potstill.data import Data, load_data, stratified
 from potstill.errors import PotstillError
 from potstill.functional import Key
+from potstill.loaders import LOADERS, shown
+from potstill.transforms import Standardise
 
 REAL = Path(os.environ.get("POTSTILL_DATA") or "/nonexistent")
 real = pytest.mark.skipif(not (REAL / "FashionMNIST" / "raw").is_dir(), reason="POTSTILL_DATA has no FashionMNIST/raw")

@@ -90,8 +90,8 @@ def test_a_method_from_outside(tmp_path, monkeypatch):
     module = tmp_path / "outside_method.py"
     module.write_text(
         "from potstill.methods import dm\nfrom potstill.recipe import change\n"
-        "def mine(preset):\n    return change(dm(preset), {'method': 'mine'})\n"
-        "def text(preset):\n    return preset\n"
+        "def mine(preset, ipc):\n    return change(dm(preset), {'method': 'mine'})\n"
+        "def text(preset, ipc):\n    return preset\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert recipes.find("outside_method:mine", "small").method == "mine"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .errors import PotstillError, Stopped
     from .evaluation import Result, evaluate
     from .exchange import DistilledSet, load
+    from .export import export_set
     from .loop import Run, distill
     from .recipe import Recipe
 
@@ -23,6 +24,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "DistilledSet": "exchange",
     "load": "exchange",
+    "export_set": "export",
     "Recipe": "recipe",
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "Stopped",
     "distill",
     "evaluate",
+    "export_set",
     "load",
     "load_data",
 ]

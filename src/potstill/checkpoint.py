@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,11 @@ class Ask:
     compile: str = "auto"
 
 
+def ours(name: str) -> bool:
+    """Whether a run writes a file of this name: a whitening matrix has its hash in it."""
+    return name in OURS or re.fullmatch(r"zca-[0-9a-f]{16}\.safetensors", name) is not None
+
+
 def open_folder(out: Path, resume: bool, force: bool) -> None:
     """Make the run's folder, or see that an existing one may be used.
 
@@ -75,7 +81,7 @@ def open_folder(out: Path, resume: bool, force: bool) -> None:
     if out.exists() and not out.is_dir():
         raise PotstillError(f"--out {out} is a file; a folder is needed")
     inside = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-    foreign = [n for n in inside if n not in OURS and not n.startswith(tuple(f".{o}." for o in OURS))]
+    foreign = [n for n in inside if not ours(n) and not n.startswith((".zca-", *(f".{o}." for o in OURS)))]
     if foreign:
         raise PotstillError(
             f"--out {out} holds something else ({foreign[0]}); name a folder that is empty or not there"
@@ -87,7 +93,7 @@ def open_folder(out: Path, resume: bool, force: bool) -> None:
     except OSError as error:
         raise PotstillError(f"--out {out} cannot be made ({error.strerror})") from error
     for name in inside:
-        if (force and not resume) or name not in OURS:  # what a killed process left half-written
+        if (force and not resume) or not ours(name):  # what a killed process left half-written
             (out / name).unlink()
 
 
@@ -142,14 +148,14 @@ def check_same(
         PotstillError: The first setting that differs, with both values.
     """
     now = {"recipe": to_dict(recipe), "counts": counts, "seed": ask.seed, "holdout": ask.holdout, "device": ask.device}
-    now["fingerprint"] = data.fingerprint
+    now |= {"fingerprint": data.fingerprint, "transform": data.transform.name}
     if ask.steps is not None:
         now["steps"] = ask.steps
     if ask.compile != "auto":
         now["compile"] = ask.compile == "on"
     if ask.precision != "auto":
         now["precision"] = ask.precision
-    then = {**pinned, "recipe": {**pinned["recipe"], "steps": to_dict(recipe)["steps"]}}
+    then = {"transform": "standardise", **pinned, "recipe": {**pinned["recipe"], "steps": to_dict(recipe)["steps"]}}
     for name, value in now.items():
         if then[name] != value:
             was = then[name]

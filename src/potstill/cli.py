@@ -15,7 +15,7 @@ from typing import Any
 from . import __version__
 from .errors import PotstillError, Stopped, unknown
 
-COMMANDS = ("distill", "evaluate", "list", "show", "cite")
+COMMANDS = ("distill", "evaluate", "export", "list", "show", "cite")
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,16 +35,25 @@ def parser() -> Parser:
         return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
 
     d = add("distill", "Distil a data set and measure the result.")
-    d.add_argument("data", help="a name of `potstill list datasets`, or the path of a .npz")
+    d.add_argument(
+        "data",
+        help="a name of `potstill list datasets`, a .npz, a folder of images, or hf:FOLDER or hf:OWNER/NAME",
+    )
     d.add_argument(
         "--method", default="dm", help="a name of `potstill list methods`, or package.module:recipe (default: dm)"
     )
-    d.add_argument("--ipc", default="1", metavar="N|N1,N2,...", help="images per class (default: 1)")
+    d.add_argument("--ipc", metavar="N|N1,N2,...", help="images per class (default: 1)")
+    d.add_argument("--budget", type=int, metavar="B", help="images in total, in place of --ipc")
     d.add_argument("--steps", type=int, help="length of the run in steps, with the paper's numbers")
     d.add_argument("--minutes", type=float, help="length of the run in minutes: compiling and loop, not evaluation")
     d.add_argument("--preset", help="paper or small")
-    d.add_argument("--network", help="what the set is learned with and judged with, such as convnet-batch-w64")
+    d.add_argument(
+        "--network",
+        help="what the set is learned with and judged with: kind[-norm][-wWIDTH][-dDEPTH], such as convnet-batch-w64, "
+        "or package.module:function",
+    )
     d.add_argument("--init", help="real, noise, herding, k-center, k-means or k-means-centre")
+    d.add_argument("--transform", default="standardise", help="standardise, zca or none (default: standardise)")
     d.add_argument(
         "--set",
         action="append",
@@ -62,13 +71,29 @@ def parser() -> Parser:
     d.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA-METHOD-ipcN-seedS)")
     d.add_argument("--resume", action="store_true", help="continue the run in the folder")
     d.add_argument("--force", action="store_true", help="start again in a folder that holds a run")
+    d.add_argument("--tensorboard", type=Path, metavar="DIR", help="log loss and looks there for TensorBoard")
     d.add_argument("--no-evaluate", action="store_true", help="leave out accuracy and baselines at the end")
 
     e = add("evaluate", "Train fresh networks on sets and read their accuracy on the test data.")
-    e.add_argument("sets", nargs="+", metavar="SET", help="a folder with a set.safetensors, or such a file")
+    e.add_argument(
+        "sets",
+        nargs="+",
+        metavar="SET",
+        help="a set's folder or file; also a .pt of DC, DSA or DM, MTT's folder, a .npz",
+    )
     e.add_argument("--data", help="the data, if not the set's own")
-    e.add_argument("--networks", default="", metavar="A,B", help="if not the student that the set asks for")
+    e.add_argument(
+        "--networks",
+        default="",
+        metavar="A,B",
+        help="if not the student that the set asks for; names, or package.module:function",
+    )
     e.add_argument("--protocol", help="if not the protocol that the set asks for")
+    e.add_argument(
+        "--normalisation",
+        metavar="WHAT",
+        help="of another project's set: standardise, unit (pixels 0 to 1), or MEAN/STD such as 0.2861/0.3530",
+    )
     e.add_argument(
         "--baselines", default="", metavar="LIST", help="of random, k-means, random-soft and whole, beside each set"
     )
@@ -82,6 +107,11 @@ def parser() -> Parser:
         p.add_argument("--device", default="cpu")
         p.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
         p.add_argument("--compile", default="auto", help="auto, on or off")
+
+    x = add("export", "Write a set as PNG, npz or Parquet, with a card that says how to use it.")
+    x.add_argument("set", metavar="SET", help="a folder with a set.safetensors, or such a file")
+    x.add_argument("--to", required=True, help="png, npz or parquet")
+    x.add_argument("--out", required=True, type=Path, metavar="PATH", help="a new folder; or a new .npz or .parquet")
 
     s = add("list", "What there is.")
     s.add_argument("what", help="methods, datasets, networks or protocols")
@@ -124,13 +154,16 @@ def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
 def _distill(args: argparse.Namespace) -> None:
     from .loop import distill
     from .recipe import Recipe, read
+    from .watch import tensorboard
 
     method: str | Recipe = read(args.recipe) if args.recipe else args.method
-    names = ("steps", "minutes", "preset", "network", "init", "seed", "holdout", "out", "data_root", "device", "precision",
+    names = ("steps", "minutes", "preset", "network", "init", "transform", "budget", "seed", "holdout", "out", "data_root", "device", "precision",
              "compile", "resume", "force", "repeats")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
-    run = distill(args.data, method, ipc=counts_of(args.ipc), settings=settings_of(args.set), **options,
-                  evaluate=not args.no_evaluate, say=say, bar=progress_bar)  # fmt: skip
+    with tensorboard(args.tensorboard) as watch:
+        run = distill(args.data, method, ipc=counts_of(args.ipc) if args.ipc is not None else None,
+                      settings=settings_of(args.set), **options,
+                      evaluate=not args.no_evaluate, say=say, bar=progress_bar, watch=watch)  # fmt: skip
     if run.record["results"]:
         print()
         print(table(run.record["results"]))
@@ -147,14 +180,20 @@ def _evaluate(args: argparse.Namespace) -> None:
         return [w for w in text.split(",") if w]
 
     results = evaluate(
-        args.sets, args.data, networks=words(args.networks), protocol=args.protocol, baselines=words(args.baselines),
-        repeats=args.repeats, seed=args.seed, data_root=args.data_root, device=args.device, compile=args.compile,
+        args.sets, args.data, networks=words(args.networks), protocol=args.protocol,
+        normalisation=args.normalisation, baselines=words(args.baselines), repeats=args.repeats, seed=args.seed, data_root=args.data_root, device=args.device, compile=args.compile,
         precision=args.precision, say=say, bar=progress_bar,
     )  # fmt: skip
     rows = [asdict(r) for r in results]
     if args.json:
         write_json(args.json, rows)
     print(table(rows))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .export import export_set
+
+    print(export_set(args.set, args.to, args.out))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -178,7 +217,7 @@ def progress_bar(total: int, title: str, start: int) -> Any:
 
 
 def _list(args: argparse.Namespace) -> None:
-    from .data import LOADERS
+    from .loaders import FORMS, LOADERS
     from .methods import METHODS
     from .networks import NETWORKS
     from .training import PROTOCOLS
@@ -192,6 +231,8 @@ def _list(args: argparse.Namespace) -> None:
     elif args.what in tables:
         for name, made in tables[args.what].items():
             print(f"{name:15} {(made.__doc__ or '').strip().splitlines()[0]}")
+        for form, text in FORMS.items() if args.what == "datasets" else ():
+            print(f"{form:15} {text}")
     else:
         raise unknown("list of", args.what, [*tables, "protocols"])
 
@@ -213,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a GPU's tools on a CPU's machine
     try:
         args = parser().parse_args(arguments)
-        {"distill": _distill, "evaluate": _evaluate, "list": _list, "show": _show, "cite": _cite}[args.command](args)
+        dict(zip(COMMANDS, (_distill, _evaluate, _export, _list, _show, _cite), strict=True))[args.command](args)
         sys.stdout.flush()
         return 0
     except PotstillError as error:

@@ -24,7 +24,10 @@ from .compiling import (
 from .data import Data, load_data
 from .errors import PotstillError, unknown
 from .exchange import DistilledSet, load
+from .foreign import is_foreign
+from .foreign import read as read_foreign
 from .functional import Key
+from .loaders import load_named
 from .measure import peak_bytes, reset_peak
 from .networks import network
 from .records import cache, digest, write_json
@@ -217,9 +220,12 @@ class Judge:
         net = network(net_name, self.data.shape, self.data.task.outputs)
         train = self.data.train
         mark = [self.data.fingerprint, len(train), net.name, whole.protocol.hash, self.seed, self.precision]
+        mark += [self.data.transform.name] if self.data.transform.name != "standardise" else []
         file = cache("whole") / f"{digest(mark)}.json"
+        named = ":" not in net_name  # code from outside may change under its name
         try:
-            return Result(**json.loads(file.read_text()))
+            if named:
+                return Result(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError):
             pass  # not there, or of an older form: measured again
         seconds = Trainer(net, whole.protocol, self.data.task, False, "cpu").flops(len(train)) / EAGER_FLOPS
@@ -230,9 +236,10 @@ class Judge:
             return None
         pair = (self.data.prepare(train.inputs), train.labels)
         result = whole.judge("whole training set", "whole", None, [pair], self.data.prepare, net_name)
-        file.parent.mkdir(parents=True, exist_ok=True)
         result = replace(result, input_bytes=train.inputs.nbytes, label_bytes=train.labels.nbytes)
-        write_json(file, asdict(result))
+        if named:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, asdict(result))
         return result
 
 
@@ -243,6 +250,16 @@ def _ipc(set_: DistilledSet) -> int | list[int]:
 
 BASELINES = ("random", "k-means", "random-soft", "whole")
 HOLDOUT = 0.1  # of the training data, for a teacher's temperature
+
+
+def asked_by(set_: DistilledSet, name: str) -> str:
+    """The student that a set asks for; a file may name code from outside, but not run it."""
+    if ":" in set_.meta.student:
+        raise PotstillError(
+            f"{name} asks for the network '{set_.meta.student}', which is code from outside and is not run because a "
+            f"file says so; if you trust it: --networks {set_.meta.student}"
+        )
+    return set_.meta.student
 
 
 def check_fit(set_: DistilledSet, data: Data) -> None:
@@ -260,6 +277,7 @@ def evaluate(
     *,
     networks: Sequence[str] = (),
     protocol: str | None = None,
+    normalisation: str | None = None,
     baselines: Sequence[str] = (),
     repeats: int = 5,
     seed: int = 0,
@@ -274,10 +292,11 @@ def evaluate(
     """Train fresh networks on sets and read their accuracy on the test data.
 
     Args:
-        sets: One or several, loaded or by path.
+        sets: One or several, loaded or by path; other projects' files too (`potstill.foreign.read`).
         data: The data that they stand for; the one that a set names if absent.
-        networks: Names; the student that a set asks for if absent.
+        networks: Names, or `package.module:function`; the student that a set asks for if absent.
         protocol: Name; the one that a set asks for if absent.
+        normalisation: What was done to the inputs of other projects' sets: `standardise`, `unit` or `MEAN/STD`.
         baselines: Of `random`, `k-means`, `random-soft` and `whole`, judged beside each set.
         repeats: Fresh networks for each number.
         seed: Of weights, order and augmentation; the same for every set, so that numbers are paired.
@@ -306,24 +325,48 @@ def evaluate(
     check_device(device)
     keep_memory()
     several = [sets] if isinstance(sets, DistilledSet | str | Path) else list(sets)
-    loaded = [
-        (s if isinstance(s, DistilledSet) else load(s), "this set" if isinstance(s, DistilledSet) else str(s))
-        for s in several
-    ]
+    strange = [s for s in several if not isinstance(s, DistilledSet) and is_foreign(s)]
+    if strange and data is None:
+        raise PotstillError(
+            f"--data is needed with {strange[0]}: another project's file does not say what it stands for"
+        )
+    if normalisation is not None and not strange:
+        raise PotstillError("--normalisation is for other projects' files; a set of potstill's says its own")
     known: dict[str, Data] = {}
+
+    def data_for(name: str) -> Data:
+        if isinstance(data, Data):
+            return data
+        where = str(data or name)
+        if where not in known:
+            known[where] = load_data(where, data_root) if data else load_named(where, data_root)
+        return known[where]
+
+    loaded: list[tuple[DistilledSet, str]] = []
+    for s in several:
+        if isinstance(s, DistilledSet):
+            loaded.append((s, "this set"))
+        elif s in strange:
+            found = read_foreign(s, data_for(""), normalisation)
+            asks = f"network {found[0].meta.student}, protocol {found[0].meta.protocol}"
+            say(f"note: {s} asks for nothing; unless you do, {asks}")
+            loaded += [(f, f"{s}#{i}" if len(found) > 1 else str(s)) for i, f in enumerate(found)]
+        else:
+            loaded.append((load(s), str(s)))
     work = []
     for set_, name in loaded:  # all mistakes before any training
-        source = data if isinstance(data, Data) else known.setdefault(str(data or set_.meta.data), None)  # type: ignore[arg-type]
-        if source is None:
-            source = known[str(data or set_.meta.data)] = load_data(str(data or set_.meta.data), data_root)
+        source, kind = data_for(set_.meta.data), set_.meta.transform["name"]
         check_fit(set_, source)
         if set(baselines) - {"whole"}:
-            counts_per_group(set_.meta.ipc, source.counts)
+            counts_per_group([max(n, 1) for n in set_.meta.ipc], source.counts)  # a foreign set may lack a class
+        if source.transform.name != kind:  # baselines see what the set sees
+            source = source.with_transform(kind)
         if source.fingerprint != set_.meta.fingerprint:
             say(f"note: {name} was made from other data than {source.name} as it is here")
-        names = list(networks) or [set_.meta.student]
-        for n in names:
-            network(n, source.shape, source.task.outputs)
+        names = list(networks) or [asked_by(set_, name)]
+        for n in dict.fromkeys(names):
+            for note in network(n, source.shape, source.task.outputs).notes:
+                say(note)
         judge = Judge(
             source, protocol_of(protocol or set_.meta.protocol), repeats, seed, device, compile, precision, say, bar
         )
@@ -338,6 +381,6 @@ def evaluate(
                 results.append(judge.k_means(set_, n))
             if "random-soft" in baselines and (soft := judge.random_soft(set_, n, affordable)):
                 results.append(soft)
-            if "whole" in baselines and (found := judge.whole(n, affordable)):
-                results.append(found)
+            if "whole" in baselines and (whole := judge.whole(n, affordable)):
+                results.append(whole)
     return results

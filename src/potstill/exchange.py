@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from safetensors.torch import save as encode
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data import Data, Standardise, first_line, numbers
+from .arrays import first_line, numbers
+from .data import Data
 from .errors import PotstillError
 from .recipe import Recipe, to_dict
 from .records import write_whole
+from .transforms import Transform, build, describe, digest_of, read_beside, write_beside
 
 FORMAT = 1
 HEADER = "potstill"  # one key: safetensors does not keep the order of several, and the same set must be the same bytes
@@ -29,12 +32,12 @@ class Meta:
 
     Args:
         method: Alias of the recipe.
-        data: Name of the data set that it stands for.
+        data: Name of the data set that it stands for; `load_data` finds the data by it.
         fingerprint: Of that data.
         class_names: One per class.
         ipc: Images of each class.
         labels: Convention of the labels: `hard` (class numbers) or `soft` (probabilities).
-        transform: Mean, std and trailing axes; inputs are stored standardised, unclamped.
+        transform: Its name and numbers, a whitening matrix by its hash; inputs are stored transformed, unclamped.
         scale: Divisor of raw inputs to unit scale.
         limits: What 0 and 1 of a picture mean in unit scale.
         mirror: Whether a mirrored input keeps its class.
@@ -67,21 +70,24 @@ class Meta:
 
 
 class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
-    """A distilled set: a `torch.utils.data.Dataset` of (input, label), standardised as the networks want it.
+    """A distilled set: a `torch.utils.data.Dataset` of (input, label), transformed as the networks want it.
 
     Attributes:
-        inputs: (M, *shape) float32, standardised, not clamped.
+        inputs: (M, *shape) float32, transformed, not clamped.
         labels: (M,) int64 classes, or (M, C) probabilities.
         lr: The learned learning rate, if the method learns one.
         meta: What the set says of itself.
+        matrix: The whitening matrix (d, d), if the transform has one.
 
     Example:
         >>> set_ = load("zoo/fashion-mnist/dm/1")  # doctest: +SKIP
         >>> x, y = set_[0]  # doctest: +SKIP
     """
 
-    def __init__(self, inputs: Tensor, labels: Tensor, meta: Meta, lr: Tensor | None = None) -> None:
-        self.inputs, self.labels, self.meta, self.lr = inputs, labels, meta, lr
+    def __init__(
+        self, inputs: Tensor, labels: Tensor, meta: Meta, lr: Tensor | None = None, matrix: Tensor | None = None
+    ) -> None:
+        self.inputs, self.labels, self.meta, self.lr, self.matrix = inputs, labels, meta, lr, matrix
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -104,14 +110,13 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         """The class of each sample (M,), the most probable one where labels are soft."""
         return self.labels if self.labels.ndim == 1 else self.labels.argmax(1)
 
-    @property
-    def standardise(self) -> Standardise:
-        """The transform that the inputs have been through."""
-        t = self.meta.transform
-        return Standardise(tuple(t["mean"]), tuple(t["std"]), t["trailing"])
+    @cached_property
+    def standardise(self) -> Transform:
+        """The transform that the inputs have been through, whichever it is."""
+        return build(self.meta.transform, self.matrix)
 
     def transform(self, raw: Any) -> Tensor:
-        """Your own inputs as the set's are: raw (bytes, or what the source had) to standardised float32.
+        """Your own inputs as the set's are: raw (bytes, or what the source had) to transformed float32.
 
         Args:
             raw: (*shape) or (N, *shape), array or tensor, in the type of the source data. A grey image (H, W), and
@@ -134,11 +139,20 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         low, high = self.meta.limits
         return (self.standardise.invert(self.inputs) - low) / (high - low)
 
-    def save(self, path: str | Path) -> None:
-        """Write one `.safetensors`, whole or not at all."""
+    def save(self, path: str | Path, self_contained: bool = False) -> None:
+        """Write one `.safetensors`, whole or not at all.
+
+        Args:
+            path: The file. A whitening matrix comes to lie beside it, in a file named by its hash.
+            self_contained: The matrix goes into the file itself.
+        """
         tensors = {"inputs": self.inputs.contiguous(), "labels": self.labels.contiguous()}
         if self.lr is not None:
             tensors["lr"] = self.lr
+        if self.matrix is not None and self_contained:
+            tensors["matrix"] = self.matrix.contiguous()
+        elif self.matrix is not None:
+            write_beside(Path(path).parent, self.standardise)
         header = json.dumps({"format": FORMAT, **asdict(self.meta)}, sort_keys=True)
         write_whole(Path(path), encode(tensors, metadata={HEADER: header}))
 
@@ -147,7 +161,6 @@ def describe_set(data: Data, recipe: Recipe, counts: list[int], seed: int, steps
     """What a set made from this data by this recipe says of itself."""
     from . import __version__
 
-    t = data.transform
     raw = data.train.inputs
     limits = [0.0, 1.0] if data.scale != 1 else [float(raw.min()), float(raw.max())]
     return Meta(
@@ -157,7 +170,7 @@ def describe_set(data: Data, recipe: Recipe, counts: list[int], seed: int, steps
         class_names=list(data.class_names),
         ipc=counts,
         labels="hard",
-        transform={"name": t.name, "mean": list(t.mean), "std": list(t.std), "trailing": t.trailing},
+        transform=describe(data.transform),
         scale=data.scale,
         limits=limits if limits[1] > limits[0] else [0.0, 1.0],
         mirror=data.mirror,
@@ -187,7 +200,9 @@ def load(path: str | Path) -> DistilledSet:
     try:
         if header.pop("format") != FORMAT:
             raise PotstillError(f"{file} has a format that this version of potstill does not know; a newer one does")
-        made = DistilledSet(tensors["inputs"], tensors["labels"], Meta(**header), tensors.get("lr"))
+        meta, matrix = Meta(**header), tensors.get("matrix")
+        matrix = read_beside(file.parent, meta.transform) if matrix is None else matrix
+        made = DistilledSet(tensors["inputs"], tensors["labels"], meta, tensors.get("lr"), matrix)
         _check(made, file)
     except (KeyError, TypeError, AttributeError) as error:
         raise PotstillError(f"{file} is no distilled set: {error}") from error
@@ -211,8 +226,9 @@ def _check(made: DistilledSet, file: Path) -> None:
         raise PotstillError(f"{file} has labels outside its {classes} classes")
     if hard and torch.bincount(labels, minlength=classes).tolist() != meta.ipc:
         raise PotstillError(f"{file} is damaged: its labels are not {meta.ipc} of each class")
-    columns = {len(made.standardise.mean), len(made.standardise.std)}
-    if columns != {made.shape[0]} or made.standardise.trailing != inputs.ndim - 2:
+    if made.matrix is not None and digest_of(made.matrix) != meta.transform.get("matrix"):
+        raise PotstillError(f"{file} is damaged: its whitening matrix does not have the hash that it names")
+    if not made.standardise.fits(made.shape):
         raise PotstillError(f"{file} has a transform that does not fit inputs of shape {made.shape}")
 
 

@@ -25,8 +25,9 @@ from .networks import network as build_network
 from .outcome import record_of, write
 from .recipe import Recipe, change, find
 from .still import Settings, Still, start_of
-from .synthetic import Synthetic, counts_per_group
+from .synthetic import Synthetic, counts_per_group, share
 from .teacher import School
+from .transforms import check_transform, matrix_of
 
 SAVE_EVERY = 30.0  # seconds between checkpoints; they change no number
 DIVERGED = 1e3  # a loss so many times the largest of the first ten has run away
@@ -65,7 +66,7 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
         recipe = ask.method
     else:
         preset = ask.preset or ("paper" if ask.steps is not None or ask.device != "cpu" else "small")
-        recipe = find(ask.method, preset)
+        recipe = find(ask.method, preset, ask.ipc if isinstance(ask.ipc, int) else max(ask.ipc))
         if not ask.preset and recipe.objective is not None:
             why = (
                 "--steps asks for the paper's numbers"
@@ -87,7 +88,7 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
         settings["steps"] = ask.steps
     recipe = change(recipe, settings) if settings else recipe
     protocol_of(recipe.protocol)
-    for name in (recipe.network, recipe.student):
+    for name in dict.fromkeys((recipe.network, recipe.student)):
         for note in build_network(name, data.shape, data.task.outputs).notes:
             say(note)
     fitted = fitting(recipe.augment, data.mirror, data.shape)
@@ -128,7 +129,12 @@ def points(steps: int, count: int) -> set[int]:
     return {0, *(round(steps * (i + 1) / count) for i in range(count))} if count else set()
 
 
-def run_steps(still: Still, progress: Progress, out: Path, clock: Clock, bar: Any) -> None:
+Watch = Callable[[int, Mapping[str, float]], None]  # receives steps made so far and what is known of them
+
+
+def run_steps(
+    still: Still, progress: Progress, out: Path, clock: Clock, bar: Any, watch: Watch = lambda step, values: None
+) -> None:
     """Steps until the last, with looks, snapshots and checkpoints.
 
     Raises:
@@ -144,6 +150,7 @@ def run_steps(still: Still, progress: Progress, out: Path, clock: Clock, bar: An
             with clock.phase("looks"):
                 if (look := still.look(now)) is not None:
                     progress.looks.append({"step": step, **look})
+                    watch(step, {"heldout_accuracy": look["accuracy"]})
         if step in show_at and step not in progress.snapshots:
             progress.snapshots[step] = still.data.display(now.learned["inputs"].detach().cpu()[still.shown])
 
@@ -169,6 +176,7 @@ def run_steps(still: Still, progress: Progress, out: Path, clock: Clock, bar: An
                     )
                 progress.losses[step] = loss
                 progress.at = (step + 1, after)
+                watch(step + 1, {"loss": loss})
                 bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
                 bar.update()
                 observe()
@@ -256,19 +264,21 @@ def coreset(school: School, recipe: Recipe, counts: list[int], start: Synthetic)
         soft = school.teacher(recipe.student).label(school.data, inputs, recipe.student, key)
         school.say(soft.words)
         labels, meta = soft.labels, replace(meta, labels="soft", teacher=soft.describe())
-    return DistilledSet(inputs, labels, meta)
+    return DistilledSet(inputs, labels, meta, matrix=matrix_of(school.data.transform))
 
 
 def distill(
     data: Data | str | Path,
     method: str | Recipe = "dm",
     *,
-    ipc: int | Sequence[int] = 1,
+    ipc: int | Sequence[int] | None = None,
+    budget: int | None = None,
     steps: int | None = None,
     minutes: float | None = None,
     preset: str | None = None,
     network: str | None = None,
     init: str | None = None,
+    transform: str | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     holdout: float = 0.1,
@@ -283,19 +293,23 @@ def distill(
     repeats: int = 5,
     say: Callable[[str], None] = lambda line: None,
     bar: Callable[[int, str, int], Any] | None = None,
+    watch: Watch = lambda step, values: None,
 ) -> Run:
     """Distil a labelled data set into a few synthetic samples, measure them, and keep everything in one folder.
 
     Args:
-        data: A name (`potstill list datasets`), the path of a `.npz`, or a `Data`.
+        data: What `load_data` takes, a name or a path, or a `Data`.
         method: A name (`potstill list methods`) or a recipe of your own.
-        ipc: Images per class, one number or one for each.
+        ipc: Images per class, one number or one for each; 1 if neither this nor `budget` is given.
+        budget: Images in total: as equal a number for each class as its size allows, what is left over one each to the
+            larger classes.
         steps: Length of the run in steps; without `preset` this means the paper's numbers.
         minutes: Length of the run in minutes, compiling included and evaluation not: the steps that fit are counted
             before the first one.
         preset: `paper` or `small`.
         network: What the set is learned with and asks to be judged with.
         init: `real`, `noise`, `herding`, `k-center`, `k-means` or `k-means-centre`.
+        transform: `standardise`, `zca` or `none`; that of the data, usually `standardise`, if absent.
         settings: Recipe fields to change, dotted path to value.
         seed: Of everything random.
         holdout: Share of the training data kept apart for looks.
@@ -310,6 +324,7 @@ def distill(
         repeats: Networks for each number.
         say: Receives lines for the user.
         bar: Makes a progress bar of a length, a title and a start.
+        watch: Receives the loss after each step and held-out accuracy at each look, by step and name.
 
     Returns:
         The set, its record and its folder.
@@ -322,7 +337,11 @@ def distill(
         >>> run = distill("digits", "dm", ipc=1, steps=50)  # doctest: +SKIP
         >>> run.record["results"][0]["accuracy_mean"]  # doctest: +SKIP
     """
-    counts = ipc if isinstance(ipc, int) else list(ipc)
+    if ipc is not None and budget is not None:
+        raise PotstillError("--ipc and --budget exclude each other; give one")
+    if transform is not None:
+        check_transform(transform)
+    counts = 1 if ipc is None else ipc if isinstance(ipc, int) else list(ipc)
     ask = Ask(
         method, counts, steps, minutes, preset, network, init, settings or {}, seed, holdout, device, precision, compile
     )
@@ -334,10 +353,20 @@ def distill(
     reset_peak(device)
     with clock.phase("data"):
         whole = data if isinstance(data, Data) else load_data(data, data_root)
+        whole = whole.with_transform(transform) if transform is not None else whole
         data = whole.hold_out(holdout)
+    if budget is not None:
+        counts = share(budget, data.counts)
+        ask = replace(ask, ipc=counts)
     recipe = recipe_of(ask, data, lambda line: None)  # every mistake before the folder is touched
-    label = f"ipc{counts}" if isinstance(counts, int) else "ipc" + "-".join(map(str, counts))[:40]
-    out = Path(out) if out is not None else Path("runs") / f"{data.name}-{recipe.method}-{label}-seed{seed}"
+    label = (
+        f"budget{budget}"
+        if budget is not None
+        else f"ipc{counts}"
+        if isinstance(counts, int)
+        else "ipc" + "-".join(map(str, counts))[:40]
+    )
+    out = Path(out) if out is not None else Path("runs") / f"{data.slug}-{recipe.method}-{label}-seed{seed}"
     each = counts_per_group(counts, data.counts)
     choose_precision(precision, device, build_network(recipe.network, data.shape, data.task.outputs))
     choose_compile(compile, 0.0, device)
@@ -357,7 +386,7 @@ def distill(
         recipe = still.settings.recipe
         line = bar(still.settings.steps, f"{recipe.method} on {data.name}", progress.step) if bar else Quiet()
         try:
-            run_steps(still, progress, out, clock, line)
+            run_steps(still, progress, out, clock, line, watch)
         finally:
             line.close()
         set_ = still.set(progress.at[1].learned, progress.step)
@@ -368,6 +397,7 @@ def distill(
             found = evaluate_sets(
                 set_,
                 whole,  # baselines are drawn from all of the training data, as `potstill evaluate` does
+                networks=[recipe.student],
                 baselines=BASELINES,
                 repeats=repeats,
                 seed=seed,

@@ -8,147 +8,25 @@ matching and kernel ridge regression look at features only.
 
 from __future__ import annotations
 
-import math
+import importlib
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from .architectures import NETWORKS, WIDTHS
 from .errors import PotstillError, unknown
-from .functional import Key, Tree, cast
+from .functional import Key, leaves
+from .layers import NORMS, Apply, Chain, Conv, Layer, Linear, Norm, State, Stats
+from .modules import seeded, split
 
-Stats = Literal["batch", "stored"]
-NORMS = ("none", "batch", "instance", "group", "layer")
-
-
-class State(NamedTuple):
-    """A network's numbers: what is trained, and the stored batch statistics."""
-
-    params: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-
-
-@runtime_checkable
-class Layer(Protocol):
-    """One step of a network: a frozen description that makes and uses flat dicts of tensors."""
-
-    def init(self, key: Key) -> State: ...
-
-    def __call__(self, state: State, x: Tensor, stats: Stats, seen: dict[str, Tensor]) -> Tensor: ...
-
-
-def _uniform(key: Key, fan_in: int, *shape: int) -> Tensor:
-    """PyTorch's default initialisation of convolutions and linear layers: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-    bound = 1 / math.sqrt(fan_in)
-    return key.uniform(*shape, low=-bound, high=bound)
-
-
-@dataclass(frozen=True)
-class Conv:
-    """A square convolution; `pad` is (left, right, top, bottom) in pixels."""
-
-    inputs: int
-    outputs: int
-    kernel: int = 3
-    pad: tuple[int, int, int, int] = (1, 1, 1, 1)
-    stride: int = 1
-
-    def init(self, key: Key) -> State:
-        fan = self.inputs * self.kernel**2
-        weight = _uniform(key.fold("weight"), fan, self.outputs, self.inputs, self.kernel, self.kernel)
-        return State({"weight": weight, "bias": _uniform(key.fold("bias"), fan, self.outputs)}, {})
-
-    def __call__(self, state: State, x: Tensor, stats: Stats, seen: dict[str, Tensor]) -> Tensor:
-        left, right, top, bottom = self.pad
-        if left == right and top == bottom:
-            padding = (top, left)
-        else:  # an odd number of rows or columns is missing
-            x, padding = F.pad(x, self.pad), (0, 0)
-        return F.conv2d(x, state.params["weight"], state.params["bias"], self.stride, padding)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A fully connected layer."""
-
-    inputs: int
-    outputs: int
-
-    def init(self, key: Key) -> State:
-        weight = _uniform(key.fold("weight"), self.inputs, self.outputs, self.inputs)
-        return State({"weight": weight, "bias": _uniform(key.fold("bias"), self.inputs, self.outputs)}, {})
-
-    def __call__(self, state: State, x: Tensor, stats: Stats, seen: dict[str, Tensor]) -> Tensor:
-        return F.linear(x, state.params["weight"], state.params["bias"])
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Normalisation with a learned scale and shift per channel, without in-place statistics.
-
-    Args:
-        kind: "batch" (over samples and positions), "instance" (over positions of one channel), "group" (over
-            positions of four groups of channels, or as many as divide them), "layer" (over channels and positions).
-        channels: Size of axis 1.
-    """
-
-    kind: str
-    channels: int
-    eps: float = 1e-5
-
-    def init(self, key: Key) -> State:
-        params = {"weight": torch.ones(self.channels), "bias": torch.zeros(self.channels)}
-        if self.kind != "batch":
-            return State(params, {})
-        return State(params, {"mean": torch.zeros(self.channels), "variance": torch.ones(self.channels)})
-
-    def __call__(self, state: State, x: Tensor, stats: Stats, seen: dict[str, Tensor]) -> Tensor:
-        shape = (1, self.channels) + (1,) * (x.ndim - 2)
-        weight, bias = state.params["weight"].view(shape), state.params["bias"].view(shape)
-        full = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x  # statistics never in half precision
-        if self.kind == "batch":
-            if stats == "stored":
-                mean, variance = state.buffers["mean"].view(shape), state.buffers["variance"].view(shape)
-            else:
-                axes = [0, *range(2, x.ndim)]
-                variance, mean = torch.var_mean(full, axes, correction=0, keepdim=True)
-                count = full.numel() / self.channels
-                seen["mean"] = mean.flatten()
-                seen["variance"] = variance.flatten() * (count / max(count - 1, 1))  # unbiased, as PyTorch stores it
-            out = (full - mean) * torch.rsqrt(variance + self.eps)
-        else:
-            groups = {"instance": self.channels, "layer": 1, "group": math.gcd(4, self.channels)}[self.kind]
-            grouped = full.unflatten(1, (groups, self.channels // groups))
-            variance, mean = torch.var_mean(grouped, list(range(2, grouped.ndim)), correction=0, keepdim=True)
-            out = ((grouped - mean) * torch.rsqrt(variance + self.eps)).flatten(1, 2)
-        return (out * weight + bias).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class Apply:
-    """A layer without weights."""
-
-    function: Callable[[Tensor], Tensor]
-
-    def init(self, key: Key) -> State:
-        return State({}, {})
-
-    def __call__(self, state: State, x: Tensor, stats: Stats, seen: dict[str, Tensor]) -> Tensor:
-        return self.function(x)
-
-
-RELU = Apply(F.relu)
-FLATTEN = Apply(lambda x: x.flatten(1))
-
-
-def pool(x: Tensor) -> Tensor:
-    """Average over 2x2 pixels: halves both sides."""
-    return F.avg_pool2d(x, 2)
+__all__ = [
+    "NETWORKS", "NORMS", "Apply", "Conv", "Layer", "Linear", "Network", "Norm", "State", "Stats", "blend", "narrow", "network", "wrap",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,48 +58,35 @@ class Network:
     @property
     def mixes_samples(self) -> bool:
         """Whether a sample's features depend on the rest of its batch: with batch norm."""
-        return any(isinstance(layer, Norm) and layer.kind == "batch" for _, layer in self.layers)
+        return Chain(self.layers).mixes_samples
 
     def init(self, key: Key) -> State:
         """Fresh weights (PyTorch's default initialisation) and statistics."""
-        state = State({}, {})
-        for name, layer in self.layers:
-            made = layer.init(key.fold(name))
-            state.params.update({f"{name}.{k}": v for k, v in made.params.items()})
-            state.buffers.update({f"{name}.{k}": v for k, v in made.buffers.items()})
-        return state
+        return Chain(self.layers).init(key)
 
     def at(self, precision: torch.dtype | None) -> Network:
         """The same network computing in another precision (`torch.bfloat16`, or `None` for that of its input)."""
         return replace(self, precision=precision)
 
-    def _run(self, layers: tuple[tuple[str, Layer], ...], state: State, x: Tensor, stats: Stats) -> tuple[Tensor, Tree]:
-        dtype, statistics = x.dtype, {}
-        x = x.to(self.precision) if self.precision else x
-        for name, layer in layers:
-            seen: dict[str, Tensor] = {}
-            params = {k[len(name) + 1 :]: v for k, v in state.params.items() if k.startswith(name + ".")}
-            buffers = {k[len(name) + 1 :]: v for k, v in state.buffers.items() if k.startswith(name + ".")}
-            # the norm computes in float32 and wants its scale and shift so
-            half = not isinstance(layer, Norm)
-            x = layer(State(cast(params, self.precision) if half else params, buffers), x, stats, seen)
-            statistics.update({f"{name}.{k}": v.detach() for k, v in seen.items()})
-        return x.to(dtype), statistics
+    def _run(
+        self, layers: tuple[tuple[str, Layer], ...], state: State, x: Tensor, stats: Stats
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        seen: dict[str, Tensor] = {}
+        out = Chain(layers)(state, x.to(self.precision) if self.precision else x, stats, seen)
+        return out.to(x.dtype), {k: v.detach() for k, v in seen.items()}
 
     def forward(
-        self, state: State, x: Float[Tensor, n *shape], stats: Stats = "batch"
+        self, state: State, x: Float[Tensor, n * shape], stats: Stats = "batch"
     ) -> tuple[Float[Tensor, "n outputs"], dict[str, Tensor]]:
         """Logits, and the batch statistics that were met on the way (empty unless the norm is `batch`)."""
         return self._run(self.layers, state, x, stats)
 
-    def __call__(
-        self, state: State, x: Float[Tensor, n *shape], stats: Stats = "batch"
-    ) -> Float[Tensor, "n outputs"]:
+    def __call__(self, state: State, x: Float[Tensor, n * shape], stats: Stats = "batch") -> Float[Tensor, "n outputs"]:
         """Logits (N, outputs) of inputs (N, *shape)."""
         return self.forward(state, x, stats)[0]
 
     def features(
-        self, state: State, x: Float[Tensor, n *shape], stats: Stats = "batch"
+        self, state: State, x: Float[Tensor, n * shape], stats: Stats = "batch"
     ) -> Float[Tensor, "n features"]:
         """What the head sees: (N, features), flattened."""
         return self._run(self.layers[:-1], state, x, stats)[0]
@@ -245,18 +110,27 @@ def network(name: str, shape: tuple[int, ...], outputs: int) -> Network:
     """Build a network from its name, for inputs of the given shape.
 
     Args:
-        name: `kind[-norm][-wWIDTH][-dDEPTH]`: `convnet` (width 128, instance norm, depth 3 up to 32 pixels and one
-            more for each doubling, less where the image allows no more), `mlp` (width 128, no norm, depth 3).
+        name: `kind[-norm][-wWIDTH][-dDEPTH]`, such as `convnet` (width 128, instance norm, depth 3 up to 32 pixels and one
+            more for each doubling, less below 16 pixels), `mlp` (width 128, no norm, depth 3), `lenet`,
+            `alexnet` (no norm), `vgg11`, `resnet18` (instance norm); or `package.module:function` with a function
+            (shape, outputs) that returns a `Network` or an `nn.Module`.
         shape: Shape of one input: (channels, height, width), or (features,).
         outputs: Number of logits.
 
+    Returns:
+        The network, `notes` saying what had to be changed to fit the shape.
+
     Raises:
-        PotstillError: No such network, norm, or one that does not fit the shape.
+        PotstillError: No such network, norm, or one that does not fit the shape; a module that is not pure.
 
     Example:
         >>> network("convnet-batch-w64", (3, 32, 32), 10).name
         'convnet-batch-w64'
+        >>> network("vgg11-w16", (1, 8, 8), 10).notes
+        ('vgg11-w16: 2 of 5 pools left out so that every normalised map of 8 x 8 images is at least 2 x 2',)
     """
+    if ":" in name:
+        return _from_outside(name, tuple(shape), outputs)
     match = _NAME.fullmatch(name)
     kind = name.split("-")[0]
     if kind not in NETWORKS:
@@ -268,83 +142,101 @@ def network(name: str, shape: tuple[int, ...], outputs: int) -> Network:
     width, depth = (int(match[g]) if match[g] else None for g in ("width", "depth"))
     if width == 0 or depth == 0:
         raise PotstillError(f"network '{name}': width and depth start at 1")
-    return NETWORKS[kind](shape, outputs, match["norm"], width, depth)
+    made = NETWORKS[kind](shape, outputs, match["norm"], width, depth)
+    return Network(made.name, made.layers, tuple(shape), outputs, notes=made.notes)
 
 
-def narrow(name: str, width: int = 32) -> str:
-    """The name of the same network with at most the given width: for quick looks.
+def _from_outside(name: str, shape: tuple[int, ...], outputs: int) -> Network:
+    """The network that a function `package.module:function` makes."""
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PotstillError(
+            f"network '{name}' cannot be imported ({error}); package.module:function is needed"
+        ) from error
+    try:
+        inspect.signature(function).bind(shape, outputs)
+    except (TypeError, ValueError) as error:
+        raise PotstillError(f"network '{name}' is no function (shape, outputs) -> Network or nn.Module") from error
+    with seeded(Key(0).fold("network", name)):
+        made = function(shape, outputs)
+    if isinstance(made, nn.Module):
+        return wrap(lambda: function(shape, outputs), name, shape, outputs)
+    if not isinstance(made, Network):
+        raise PotstillError(f"network '{name}' returns neither Network nor nn.Module but {type(made).__name__}")
+    if (made.shape, made.outputs) != (shape, outputs):
+        raise PotstillError(
+            f"network '{name}' is made for inputs {made.shape} and {made.outputs} outputs, not for {shape} and {outputs}"
+        )
+    return replace(made, name=name)
+
+
+def wrap(
+    module: nn.Module | Callable[[], nn.Module],
+    name: str,
+    shape: tuple[int, ...],
+    outputs: int,
+    head: str | None = None,
+) -> Network:
+    """A PyTorch module as a network: any one that is pure under `torch.func.functional_call` and ends in a linear layer.
+
+    What the head sees are the features. The module is used in training mode, whatever `stats` is.
+
+    Args:
+        module: A function (or class) without arguments that makes one, called anew for each set of fresh weights; or a
+            module, whose parts then need `reset_parameters()` as those of `torch.nn` have it. It is copied, not changed.
+            Parameters that require no gradient are not trained.
+        name: What records call it.
+        shape: Shape of one input without the batch axis.
+        outputs: Number of logits.
+        head: Path of the `nn.Linear` that is the head; the one that is called last if absent.
+
+    Returns:
+        A network like any other, its layers `body` and `head`.
+
+    Raises:
+        PotstillError: The module is not pure (batch norm with running statistics, dropout, an output whose shape depends
+            on values), does not take the shape, or does more with the head's output; the submodule is named.
 
     Example:
-        >>> narrow("convnet-batch"), narrow("mlp-w16")
-        ('convnet-batch-w32', 'mlp-w16')
+        >>> net = wrap(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 3)), "mine", (1, 8, 8), 3)
+        >>> net.features(net.init(Key(0)), torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 16])
+    """
+    body, top = split(module, name, tuple(shape), outputs, head)
+    notes = []
+    if body.mixes_samples:
+        notes.append(f"{name}: a sample's logits depend on the rest of its batch, on test data too")
+    net = Network(name, (("body", body), ("head", top)), tuple(shape), outputs, notes=tuple(notes))
+    first, again, other = (leaves(tuple(net.init(Key(seed)))) for seed in (0, 0, 1))
+    if not all(map(torch.equal, first, again)):
+        raise PotstillError(
+            f"network '{name}' draws fresh weights from elsewhere than PyTorch's generator: one seed gives different ones"
+        )
+    if all(map(torch.equal, first, other)):
+        same = f"{name}: fresh weights are always the same, whatever the seed"
+        return replace(net, notes=(*net.notes, same))
+    return net
+
+
+def narrow(name: str, width: int | None = None) -> str:
+    """The name of the same network with at most the given width: for quick looks.
+
+    Args:
+        name: Of a network; one from outside stays as it is.
+        width: A quarter of the published one if absent, or 8 if that is more.
+
+    Example:
+        >>> narrow("convnet-batch"), narrow("mlp-w16"), narrow("vgg11")
+        ('convnet-batch-w32', 'mlp-w16', 'vgg11-w16')
     """
     match = _NAME.fullmatch(name)
-    if match is None or int(match["width"] or width + 1) <= width:
+    if match is None or match["kind"] not in WIDTHS:
+        return name
+    published = WIDTHS[match["kind"]]
+    width = max(published // 4, 8) if width is None else width
+    if int(match["width"] or published) <= width:
         return name
     parts = (match["kind"], match["norm"], f"w{width}", match["depth"] and f"d{match['depth']}")
     return "-".join(p for p in parts if p)
-
-
-def _name(kind: str, *parts: tuple[str, object, object]) -> str:
-    """Canonical name: what differs from the kind's defaults."""
-    return kind + "".join(f"-{prefix}{value}" for prefix, value, default in parts if value != default)
-
-
-def convnet(shape: tuple[int, ...], outputs: int, norm: str | None, width: int | None, depth: int | None) -> Network:
-    """The field's ConvNet: blocks of 3x3 convolution, norm, ReLU and 2x2 average pool, then a linear head.
-
-    The first convolution pads the image to a multiple of 2^depth, so 28 x 28 is computed as 32 x 32.
-
-    Reference: Gidaris and Komodakis 2018; used as here by Zhao, Mopuri and Bilen 2021 (DC).
-    """
-    if len(shape) != 3:
-        raise PotstillError(f"network 'convnet' needs images (channels, height, width), not shape {shape}; try 'mlp'")
-    norm, width = norm or "instance", width or 128
-    channels, *sides = shape
-    most = int(math.log2(min(sides)))  # every normalised map is then at least 2 x 2: on 1 x 1 instance norm gives 0
-    if most < 1:
-        raise PotstillError(f"network 'convnet' needs at least 2 x 2 pixels, not {sides[0]} x {sides[1]}; try 'mlp'")
-    usual = min(max(3, math.ceil(math.log2(max(sides))) - 2), most)
-    if depth is not None and depth > most:
-        raise PotstillError(f"convnet depth {depth} is too deep for {sides[0]} x {sides[1]} pixels; at most {most}")
-    depth = usual if depth is None else depth
-    missing = [-side % 2**depth for side in sides]
-    layers: list[tuple[str, Layer]] = []
-    for i in range(depth):
-        high, wide = missing if i == 0 else (0, 0)
-        pad = (1 + wide // 2, 1 + wide - wide // 2, 1 + high // 2, 1 + high - high // 2)
-        layers.append((f"conv{i}", Conv(channels if i == 0 else width, width, pad=pad)))
-        if norm != "none":
-            layers.append((f"norm{i}", Norm(norm, width)))
-        layers += [(f"relu{i}", RELU), (f"pool{i}", Apply(pool))]
-    features = width * math.prod((side + more) // 2**depth for side, more in zip(sides, missing, strict=True))
-    layers += [("flatten", FLATTEN), ("head", Linear(features, outputs))]
-    name = _name("convnet", ("", norm, "instance"), ("w", width, 128), ("d", depth, usual))
-    return Network(name, tuple(layers), tuple(shape), outputs)
-
-
-def mlp(shape: tuple[int, ...], outputs: int, norm: str | None, width: int | None, depth: int | None) -> Network:
-    """Fully connected layers with ReLU; `depth` counts the linear layers, the head included."""
-    norm, width, depth = norm or "none", width or 128, depth or 3
-    if norm == "instance":
-        raise PotstillError(
-            "network 'mlp' has no positions to take an instance norm over; use batch, group, layer or none"
-        )
-    groups = {"group": math.gcd(4, width), "layer": 1}.get(norm, 0)
-    if groups == width and depth > 1:  # each value would be its own mean
-        raise PotstillError(f"network 'mlp-{norm}' normalises to a constant at width {width}; use a wider one")
-    layers: list[tuple[str, Layer]] = [("flatten", FLATTEN)]
-    size = math.prod(shape)
-    for i in range(depth - 1):
-        layers.append((f"linear{i}", Linear(size, width)))
-        if norm != "none":
-            layers.append((f"norm{i}", Norm(norm, width)))
-        layers.append((f"relu{i}", RELU))
-        size = width
-    layers.append(("head", Linear(size, outputs)))
-    name = _name("mlp", ("", norm, "none"), ("w", width, 128), ("d", depth, 3))
-    return Network(name, tuple(layers), tuple(shape), outputs)
-
-
-Builder = Callable[[tuple[int, ...], int, str | None, int | None, int | None], Network]
-NETWORKS: dict[str, Builder] = {"convnet": convnet, "mlp": mlp}

@@ -54,6 +54,7 @@ def record_of(
             "preset": recipe.preset,
             "compile": "on" if still and still.settings.compile else "off",
             "precision": still.settings.precision if still else "fp32",
+            "transform": data.transform.name,
             "network": recipe.network,
             "student": recipe.student,
             "protocol": recipe.protocol,
@@ -88,7 +89,7 @@ def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int)
         parts += ["--preset", recipe.preset] if isinstance(ask.method, str) else []
     for name, value, usual in (
         ("network", ask.network, None), ("init", ask.init, None), ("seed", ask.seed, 0), ("holdout", ask.holdout, 0.1),
-        ("precision", ask.precision, "auto"), ("compile", ask.compile, "auto"), ("device", ask.device, "cpu"),
+        ("transform", data.transform.name, "standardise"), ("precision", ask.precision, "auto"), ("compile", ask.compile, "auto"), ("device", ask.device, "cpu"),
     ):  # fmt: skip
         if value != usual:
             parts += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]

@@ -212,12 +212,13 @@ def change(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     return from_dict(plain, recipe)
 
 
-def find(name: str, preset: str | None = None) -> Recipe:
+def find(name: str, preset: str | None = None, ipc: int = 1) -> Recipe:
     """The recipe of a method: an alias, or `package.module:function` from outside.
 
     Args:
-        name: `dm`, or `my_package.my_module:my_recipe`, a function of the preset's name or a `Recipe`.
+        name: `dm`, or `my_package.my_module:my_recipe`: a `Recipe`, or a function of preset and images per class.
         preset: `paper` if absent.
+        ipc: Images per class, the most of any; some papers' numbers depend on it.
 
     Raises:
         PotstillError: No such method, preset, module or function.
@@ -230,13 +231,13 @@ def find(name: str, preset: str | None = None) -> Recipe:
     if ":" not in name:
         if name not in METHODS:
             raise unknown("method", name, METHODS, "`potstill list methods` shows all")
-        return METHODS[name](preset)
+        return METHODS[name](preset, ipc)
     module, _, attribute = name.partition(":")
     try:
         made = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise PotstillError(f"method '{name}' cannot be imported ({error}); package.module:recipe is needed") from error
-    recipe = made if isinstance(made, Recipe) else made(preset)
+    recipe = made if isinstance(made, Recipe) else made(preset, ipc)
     if not isinstance(recipe, Recipe):
         raise PotstillError(f"method '{name}' is no recipe but {type(recipe).__name__}")
     return recipe

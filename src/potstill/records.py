@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,48 @@ def write_whole(path: Path, content: bytes) -> None:
             os.unlink(name)
 
 
+def check_free(path: Path) -> None:
+    """Refuse a place where something would be lost.
+
+    Raises:
+        PotstillError: There is a file, or a folder that is not empty.
+    """
+    if path.is_dir() and not path.is_symlink():
+        found = next(iter(sorted(p.name for p in path.iterdir())), None)
+        if found is not None:
+            raise PotstillError(f"--out {path} is a folder that is not empty ({found}); name a new one")
+    elif path.exists() or path.is_symlink():
+        raise PotstillError(f"--out {path} is there already; name a new one")
+
+
+def write_folder(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write a folder that is new or empty so far: with all of its files, or not at all.
+
+    Args:
+        path: The folder; those above it are made.
+        files: Paths within it, with `/` between their parts, and contents.
+
+    Raises:
+        PotstillError: There is something at the path.
+        Stopped: The disk is full or the folder cannot be written; nothing is there.
+    """
+    check_free(path)
+    draft: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:100]}."))
+        for name, content in files:
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft / name).write_bytes(content)
+        os.chmod(draft, 0o755)
+        os.replace(draft, path)  # refused by the system where the folder has been filled meanwhile
+    except OSError as error:
+        raise Stopped(f"{path.name} cannot be written in {path.parent} ({error.strerror}); nothing is left") from error
+    finally:
+        if draft is not None and draft.exists():
+            shutil.rmtree(draft, ignore_errors=True)
+
+
 def write_json(path: Path, record: Any) -> None:
     """A record as JSON, whole."""
     write_whole(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
@@ -57,8 +101,8 @@ def read_json(path: Path) -> Any:
 
 
 def cache(room: str) -> Path:
-    """A folder of costly results below `$POTSTILL_CACHE`, or the user's own cache."""
-    return Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill") / room
+    """A folder of what can be made again, at a cost: below `POTSTILL_CACHE`, else `~/.cache/potstill`."""
+    return Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill").expanduser() / room
 
 
 def digest(value: Any) -> str:

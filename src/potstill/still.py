@@ -15,12 +15,13 @@ from .errors import PotstillError
 from .exchange import DistilledSet, describe_set
 from .functional import Key, Tree, to, tree_map
 from .networks import narrow, network
-from .objectives import ByGroup, Net, Real, Sizes
+from .objectives import ByGroup, Net, Real, Sizes, Uniform
 from .recipe import Recipe, to_dict
 from .records import processor
 from .synthetic import Synthetic, initialise
 from .teacher import School
 from .training import LOOK, Trainer
+from .transforms import matrix_of
 
 SHOWN = 100  # samples in a snapshot
 CHUNK = 256  # real samples in one pass: what a processor's caches like (measured against 2,560: 1.0 s to 1.1-1.9 s)
@@ -60,6 +61,7 @@ class Settings:
             **{k: v for k, v in vars(self).items() if k != "recipe"},
             "recipe": to_dict(self.recipe),
             "fingerprint": data.fingerprint,
+            "transform": data.transform.name,
             "torch": torch.__version__,
             "processor": processor(),
         }
@@ -93,7 +95,8 @@ class Still:
         self.start = start or start_of(School(data, settings.seed, settings.device), recipe, settings.counts)
         self.members = [(data.train.groups == g).nonzero().flatten() for g in range(len(settings.counts))]
         self._target = compiled(self.objective.target, settings.compile)
-        self._update = compiled(self.update, settings.compile)
+        self._gradient = compiled(self.gradient, settings.compile)
+        self._train = compiled(self.source.train_step(self.network, recipe.augment, data.task), settings.compile)
 
     @property
     def device(self) -> str:
@@ -115,7 +118,7 @@ class Still:
         learned = to({k: self.start.learned[k] for k in self.settings.recipe.learn}, self.device)
         slow = {k: self.settings.recipe.optimiser[k].init({k: v}) for k, v in learned.items()}
         own = to(self.objective.init(self.data.task, self.start), self.device)
-        return Now(learned, slow, own, self.source.init(self.network, self.key.fold("source")))
+        return Now(learned, slow, own, self.source.init())
 
     def synthetic(self, learned: dict[str, Tensor]) -> Synthetic:
         """S with the given learned numbers, on the device."""
@@ -123,9 +126,8 @@ class Still:
         fixed = {k: v for k, v in {**s.fixed, **s.learned}.items() if k not in learned}
         return Synthetic(learned, to(fixed, self.device), s.index.to(self.device), s.mask.to(self.device))
 
-    def real(self, step: int) -> Real | None:
-        """The real batch of a step: drawn without repetition within it."""
-        needs, key = self.objective.needs.real, self.key.fold("real", step)
+    def real(self, needs: ByGroup | Uniform | None, key: Key) -> Real | None:
+        """A real batch, drawn without repetition within it."""
         if needs is None:
             return None
         if isinstance(needs, ByGroup):
@@ -148,7 +150,11 @@ class Still:
             self.network, now.pool, self.key.fold("source", step), step / max(self.settings.steps, 1)
         )
         net = Net(net.network, to(net.state, self.device))
-        real = self.real(step)
+        needs = self.objective.needs
+        if needs.calibrate and net.network.mixes_samples:
+            batch = self.real(ByGroup(needs.calibrate), self.key.fold("calibrate", step))
+            net = self.source.calibrate(net, batch.inputs.flatten(0, 1)) if batch else net
+        real = self.real(needs.real, self.key.fold("real", step))
         sizes = Sizes(len(self.members), len(self.start), 0 if real is None else real.mask.numel())
         return slot, net, real, to(self.objective.draws(self.key.fold("draws", step), sizes), self.device)
 
@@ -161,35 +167,48 @@ class Still:
                 return self._target(real, net, draws)
             groups, width = real.mask.shape
             each = max(c for c in range(1, groups + 1) if groups % c == 0 and (c == 1 or c * width <= CHUNK))
-            parts = [tree_map(lambda t, i=i: t[i : i + each], (tuple(real), draws)) for i in range(0, groups, each)]
+            parts = [_rows((tuple(real), draws), i, i + each) for i in range(0, groups, each)]
             targets = [self._target(Real(*batch), net, drawn) for batch, drawn in parts]
             return tree_map(lambda *rows: torch.cat(rows), *targets)
 
-    def update(
-        self, learned: dict[str, Tensor], slow: Tree, own: Tree, target: Tree, net: Net, draws: Tree
-    ) -> tuple[dict[str, Tensor], Tree, Tree, Tensor]:
-        """Loss, gradient and optimiser step: one graph."""
-        loss, grads, own = self.objective.value_and_grad(self.synthetic(learned), target, net, draws, own)
-        after, slower = {}, {}
-        for part, value in learned.items():
-            optimiser = self.settings.recipe.optimiser[part]
-            new, slower[part] = optimiser.update({part: value}, {part: grads[part]}, slow[part])
-            after.update(new)
-        return after, slower, own, loss
+    def gradient(
+        self, learned: dict[str, Tensor], index: Tensor, mask: Tensor, target: Tree, net: Net, draws: Tree, own: Tree
+    ) -> tuple[Tensor, dict[str, Tensor], Tree]:
+        """Loss and gradient of the groups with the given rows of S: one graph."""
+        s = replace(self.synthetic(learned), index=index, mask=mask)
+        return self.objective.value_and_grad(s, target, net, draws, own)
+
+    def value_and_grad(self, now: Now, target: Tree, net: Net, draws: Tree) -> tuple[Tensor, dict[str, Tensor], Tree]:
+        """Loss, gradient and own next state, group by group where the objective is better so."""
+        s = self.synthetic(now.learned)
+        if not self.objective.in_parts:
+            return self._gradient(now.learned, s.index, s.mask, target, net, draws, now.own)
+        loss, grads = torch.zeros(()), tree_map(torch.zeros_like, now.learned)
+        for g in range(len(s.index)):
+            index, mask, part, drawn = _rows((s.index, s.mask, target, draws), g, g + 1)
+            value, more, _ = self._gradient(now.learned, index, mask, part, net, drawn, now.own)
+            loss, grads = loss + value, tree_map(torch.add, grads, more)
+        return loss, grads, now.own
 
     def step(self, now: Now, step: int) -> tuple[Now, float]:
         """One step of the loop: the next state and the loss. Nothing is changed in place."""
         slot, net, real, draws = self.inputs_of(now, step)
-        target = self.target(net, real, draws)
-        learned, slow, own, loss = self._update(now.learned, now.slow, now.own, target, net, draws)
-        return Now(learned, slow, own, self.source.advance(now.pool, slot, net)), float(loss)
+        loss, grads, own = self.value_and_grad(now, self.target(net, real, draws), net, draws)
+        learned, slow = {}, {}
+        for part, value in now.learned.items():
+            optimiser = self.settings.recipe.optimiser[part]
+            after, slow[part] = optimiser.update({part: value}, {part: grads[part]}, now.slow[part])
+            learned.update(after)
+        s, key = self.synthetic(learned), self.key.fold("advance", step)
+        pool = self.source.advance(now.pool, slot, net, s, self._train, self.settings.recipe.augment, key)
+        return Now(learned, slow, own, pool), float(loss)
 
     def set(self, learned: dict[str, Tensor], step: int) -> DistilledSet:
         """S as it is saved."""
         s = self.synthetic(to(learned, self.device))
         inputs, labels = to(s.take(torch.arange(len(self.start), device=self.device)), "cpu")
         meta = describe_set(self.data, self.settings.recipe, self.settings.counts, self.settings.seed, step)
-        return DistilledSet(inputs.detach(), labels, meta)
+        return DistilledSet(inputs.detach(), labels, meta, matrix=matrix_of(self.data.transform))
 
     def look(self, now: Now) -> dict[str, Any] | None:
         """Accuracy on held-out data of one narrow network trained shortly on S; nothing where nothing is held out."""
@@ -205,3 +224,8 @@ class Still:
             "accuracy": round(trainer.score(state, held.inputs, held.labels, self.data.prepare), 6),
             "network": student,
         }
+
+
+def _rows(tree: Tree, start: int, stop: int) -> Tree:
+    """The same rows of every leaf."""
+    return tree_map(lambda t: t[start:stop], tree)

@@ -69,6 +69,38 @@ def counts_per_group(ipc: int | list[int] | tuple[int, ...], available: Tensor) 
     return counts
 
 
+def share(budget: int, available: Tensor) -> list[int]:
+    """A total number of images divided among the classes, one number for each.
+
+    Every class gets the same, or all that it has where that is less. What the division leaves over goes one each to
+    the larger classes, the first of those of equal size.
+
+    Args:
+        budget: Images in total.
+        available: Training samples per group (G,).
+
+    Raises:
+        PotstillError: Fewer images than classes, or more than training samples.
+
+    Example:
+        >>> share(11, torch.tensor([9, 2, 9]))
+        [5, 2, 4]
+    """
+    sizes = available.tolist()
+    if budget < len(sizes):
+        raise PotstillError(
+            f"--budget {budget} is below the {len(sizes)} classes; at least 1 image per class is needed"
+        )
+    if budget > sum(sizes):
+        raise PotstillError(f"--budget {budget} is more than the {sum(sizes)} training samples")
+    level = max(n for n in range(budget + 1) if sum(min(n, size) for size in sizes) <= budget)
+    counts = [min(level, size) for size in sizes]
+    larger = sorted((g for g, size in enumerate(sizes) if size > level), key=lambda g: -sizes[g])
+    for g in larger[: budget - sum(counts)]:
+        counts[g] += 1
+    return counts
+
+
 def group_index(groups: Int64[Tensor, m], count: int) -> tuple[Int64[Tensor, "g n"], Float[Tensor, "g n"]]:
     """Index matrix (G, m) and mask (G, m) of samples with group numbers (M,)."""
     members = [(groups == g).nonzero().flatten() for g in range(count)]
@@ -103,7 +135,7 @@ SELECTORS: dict[str, Callable[[Tensor, int, Key], Tensor]] = {
 
 
 def pixels(data: Data) -> Embed:
-    """The standardised inputs themselves, flattened."""
+    """The inputs as networks see them, flattened."""
     return lambda raw: data.prepare(raw).flatten(1)
 
 
@@ -112,7 +144,7 @@ def pick(data: Data, counts: list[int], selector: str, key: Key, embed: Embed | 
 
     Args:
         data: Whose training part is chosen from.
-        counts: Samples of each group.
+        counts: Samples of each group; 0 leaves a group out.
         selector: `herding`, `k-center` or `k-means` (the real sample nearest to each centre).
         key: Of this choice; only `k-means` draws.
         embed: In which space samples are compared; standardised pixels if absent.
@@ -124,6 +156,8 @@ def pick(data: Data, counts: list[int], selector: str, key: Key, embed: Embed | 
         raise unknown("selector", selector, SELECTORS)
     rows, picked = embed or pixels(data), []
     for g, count in enumerate(counts):
+        if not count:
+            continue
         members = (data.train.groups == g).nonzero().flatten()
         picked.append(members[SELECTORS[selector](rows(data.train.inputs[members]), count, key.fold(g))])
     return torch.cat(picked)

@@ -163,12 +163,15 @@ class School:
 
     def seconds(self, name: str) -> float:
         """What a teacher would cost, from counted operations; nothing where the cache has it."""
-        return 0.0 if _read(self.file(name), self.network(name)) else self._work(name)
+        return 0.0 if self._kept(name) else self._work(name)
+
+    def _kept(self, name: str) -> State | None:
+        """The trained network of this name in the cache; code from outside may change under its name, and is not kept."""
+        return None if ":" in name else _read(self.file(name), self.network(name))
 
     def teacher(self, name: str) -> Teacher:
         """The trained network of this name."""
-        net, protocol, file = self.network(name), PROTOCOLS["whole"], self.file(name)
-        state = _read(file, net)
+        net, protocol, state = self.network(name), PROTOCOLS["whole"], self._kept(name)
         if state is None:
             on, precision = self._choices(name)
             minutes = max(self._work(name) / 60, 0.1)
@@ -182,8 +185,10 @@ class School:
             if line is not None:
                 line.close()
             state = State(*to(tuple(trained), "cpu"))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, encode(_flat(state)))
+            if ":" not in name:
+                file = self.file(name)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(file, encode(_flat(state)))
         return Teacher(net, State(*to(tuple(state), self.device)), self.device)
 
     def embedding(self, space: str, name: str) -> Embed:

@@ -152,16 +152,29 @@ def target_comes_in_parts(recipe: Recipe, data: Data) -> None:
 
 
 def leaves_the_network_alone(recipe: Recipe, data: Data) -> None:
-    """A step changes neither weights nor buffers nor the arguments it is given."""
+    """Target and gradient change neither weights nor buffers nor anything else that they are given."""
     still = still_for(recipe, data)
     now = still.fresh()
     _, net, real, draws = still.inputs_of(now, 0)
     target = still.target(net, real, draws)
-    arguments = (now.learned, now.slow, now.own, target, net.state, real, draws)
+    arguments = (tuple(now), target, net.state, real, draws)
     before = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, arguments)
     still.target(net, real, draws)
-    still.update(now.learned, now.slow, now.own, target, net, draws)
+    still.value_and_grad(now, target, net, draws)
+    still.step(now, 0)
     assert _equal(before, arguments), "a step changed its arguments in place"
+
+
+def loss_comes_in_parts(recipe: Recipe, data: Data) -> None:
+    """Where the loss is taken group by group, the parts add up to the whole, loss and gradient."""
+    still = still_for(recipe, data)
+    now = still.fresh()
+    _, net, real, draws = still.inputs_of(now, 0)
+    target = still.target(net, real, draws)
+    parts = still.value_and_grad(now, target, net, draws)
+    whole = still.objective.value_and_grad(still.synthetic(now.learned), target, net, draws, now.own)
+    for a, b in zip(leaves(parts[:2]), leaves(whole[:2]), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6), "the loss in parts is not the loss"
 
 
 def _losses(recipe: Recipe, data: Data, seed: int, steps: int = 4) -> list[float]:
@@ -185,18 +198,27 @@ def repeats_with_its_seed(recipe: Recipe, data: Data) -> None:
     assert first != _losses(recipe, data, seed=4), "another seed gives the same losses"
 
 
+def draws_anew_each_step(recipe: Recipe, data: Data) -> None:
+    """Two steps see other real samples and other draws, and the same step sees the same again."""
+    still = still_for(recipe, data)
+    now = still.fresh()
+    first, second, again = (still.inputs_of(now, step) for step in (0, 1, 0))
+    assert _equal((first[1].state, *first[2:]), (again[1].state, *again[2:])), "the same step draws other numbers"
+    for what, a, b in (("real batch", first[2], second[2]), ("network", first[1].state, second[1].state)):
+        assert a is None or not _equal(a, b), f"two steps have the same {what}"
+    if leaves(first[3]):
+        assert not _equal(first[3], second[3]), "two steps have the same draws"
+
+
 def falls_at_a_fixed_network(recipe: Recipe, data: Data) -> None:
-    """Small steps down the gradient at one network, batch and draw make the loss smaller."""
+    """A small step down the gradient at one network, batch and draw makes the loss smaller, by what the slope says."""
     point = Point(still_for(recipe, data))
-    learned = point.learned
-    start, grads = point.value_and_grad(learned)
+    start, grads = point.value_and_grad(point.learned)
     size = sum(float(g.square().sum()) for g in grads.values())
-    rate = 1e-3 * abs(float(start)) / size
-    for _ in range(3):
-        _, grads = point.value_and_grad(learned)
-        learned = {k: v - rate * grads[k] for k, v in learned.items()}
-    end = point.loss(learned)
-    assert end < start, f"the loss rose from {float(start)} to {float(end)} down its own gradient"
+    rate = 1e-7 * abs(float(start)) / size
+    end = point.loss({k: v - rate * grads[k] for k, v in point.learned.items()})
+    fell = float(start - end) / (rate * size)
+    assert 0.5 < fell < 1.5, f"down its own gradient the loss fell {fell:.3g} times as far as the slope says"
 
 
 def survives_files(recipe: Recipe, data: Data) -> None:
@@ -221,8 +243,10 @@ CHECKS: tuple[Callable[[Recipe, Data], None], ...] = (
     equals_central_differences,
     equals_autograd,
     target_comes_in_parts,
+    loss_comes_in_parts,
     leaves_the_network_alone,
     repeats_with_its_seed,
+    draws_anew_each_step,
     falls_at_a_fixed_network,
     survives_files,
 )

@@ -2,7 +2,19 @@
 
 from .base import ByGroup, Needs, Net, Objective, Real, Sizes, Uniform
 from .distribution import DistributionMatching
+from .gradient import GradientMatching
 
-OBJECTIVES: dict[str, type[Objective]] = {"distribution": DistributionMatching}
+OBJECTIVES: dict[str, type[Objective]] = {"distribution": DistributionMatching, "gradient": GradientMatching}
 
-__all__ = ["OBJECTIVES", "ByGroup", "DistributionMatching", "Needs", "Net", "Objective", "Real", "Sizes", "Uniform"]
+__all__ = [
+    "OBJECTIVES",
+    "ByGroup",
+    "DistributionMatching",
+    "GradientMatching",
+    "Needs",
+    "Net",
+    "Objective",
+    "Real",
+    "Sizes",
+    "Uniform",
+]

@@ -51,9 +51,16 @@ class Net(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """What the loop must bring to each step: a real batch, or none."""
+    """What the loop must bring to each step.
+
+    Args:
+        real: A real batch, or none.
+        calibrate: Real samples of each group from which stored batch statistics are taken before the step, for
+            objectives that use them; no matter without batch norm.
+    """
 
     real: ByGroup | Uniform | None
+    calibrate: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,11 @@ class Objective(ABC):
 
         The loop then computes it a few groups at a time, which is quicker on a CPU and takes less memory.
         """
+        return False
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the loss, too, is better taken group by group: where it is separable and costly. Its parts are added."""
         return False
 
     @abstractmethod

@@ -1,0 +1,257 @@
+"""Pictures as arrays: decoded once, in parallel, into a cache that is mapped into memory where it is large.
+
+A cache is a folder named by a hash of where the pictures come from and a hash of what lies there (names, sizes, times).
+It is written under another name and then renamed, so one that is there is whole. It holds pixels, labels and what is
+known of them: fingerprint, mean and standard deviation, so that nothing is read whole at a start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import PotstillError
+
+FORMAT = 1
+CHUNK = 128  # pictures that one thread takes at a time
+MAPPED_SHARE = 0.25  # of the machine's memory: larger inputs are mapped, not read
+CHANNELS = {"1": "L", "L": "L", "RGB": "RGB", "RGBA": "RGBA"}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+FILES = ("train-inputs.npy", "train-labels.npy", "test-inputs.npy", "test-labels.npy")
+
+
+class Odd(Exception):
+    """Why a picture cannot be used; the caller says which one."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a split before they are decoded.
+
+    Args:
+        labels: Class of each (N,).
+        batch: Name and content (or path) of the pictures from one number up to another.
+    """
+
+    labels: np.ndarray
+    batch: Callable[[int, int], Sequence[tuple[str, bytes | Path]]]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a reader found: class names and the two splits."""
+
+    class_names: tuple[str, ...]
+    train: Pictures
+    test: Pictures
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a cache holds: arrays (N, C, H, W) of bytes and labels (N,), in memory or mapped, and what is known of them."""
+
+    arrays: tuple[np.ndarray, ...]
+    known: dict[str, Any]
+
+
+def pixels(image: Any, convert: str | None = None) -> np.ndarray:
+    """A PIL image as bytes (C, H, W): grey, RGB or RGBA; two-colour pictures are grey, those with a palette RGB(A).
+
+    Args:
+        image: The image; of several frames the first.
+        convert: A mode to which all are brought.
+
+    Raises:
+        Odd: Another mode.
+    """
+    mode = image.mode
+    wanted = convert or CHANNELS.get(mode) or (mode == "P" and ("RGBA" if "transparency" in image.info else "RGB"))
+    if not wanted:
+        raise Odd(f"has mode {mode}; grey, RGB or RGBA with 8 bits per channel is needed")
+    array = np.asarray(image if mode == wanted else image.convert(wanted))
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def decode(content: bytes | Path, convert: str | None = None) -> np.ndarray:
+    """A picture's file as bytes (C, H, W).
+
+    Raises:
+        Odd: It does not decode, or has a mode that is not taken.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            return pixels(image, convert)
+    except Odd:
+        raise
+    except Exception as error:  # whatever a damaged file makes a codec raise
+        raise Odd(f"cannot be decoded ({type(error).__name__})") from error
+
+
+def said(array: np.ndarray) -> str:
+    """Size and mode of a picture for people: width x height, as image programs have it."""
+    return f"{array.shape[2]}x{array.shape[1]} {({1: 'grey', 3: 'RGB', 4: 'RGBA'})[array.shape[0]]}"
+
+
+def memory() -> int:
+    """Bytes of memory that the machine has; 8 GiB where it does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30
+
+
+def key_of(value: Any) -> str:
+    """A hash of plain values for a folder's name."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+
+
+def cached(
+    root: Path,
+    name: str,
+    origin: str,
+    stamp: Any,
+    listing: Callable[[Path], Listing],
+    order: Callable[[np.ndarray], np.ndarray],
+    known: Callable[[Sequence[np.ndarray]], dict[str, Any]],
+    convert: str | None = None,
+) -> Decoded:
+    """Decoded pictures, from the cache or into it.
+
+    Args:
+        root: Folder of the caches.
+        name: Of the data, for messages.
+        origin: Where the pictures come from: a cache of the same origin with another stamp is removed.
+        stamp: What lies there, plain values: the cache holds as long as they stay equal.
+        listing: Finds the pictures; called only where there is no cache, with a folder for what it has to write.
+        order: Order of the training rows, from their labels.
+        known: What is worth keeping of the four arrays, plain values.
+        convert: A mode to which all are brought.
+
+    Raises:
+        PotstillError: A picture that does not fit, by name; a cache that cannot be written.
+    """
+    first, second = key_of([FORMAT, convert, origin]), key_of(stamp)
+    folder = root / f"{first}-{second}"
+    if (found := _open(folder)) is not None:
+        return found
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for old in root.glob(f".{first}-*"):  # what a killed process left half-written
+            if old.stat().st_mtime < time.time() - 86400:
+                shutil.rmtree(old, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{first}-", dir=root))
+        try:
+            scratch = work / "scratch"
+            _fill(work, listing(scratch), order, known, convert)
+            shutil.rmtree(scratch, ignore_errors=True)
+            if folder.exists():  # damaged, or of another process in the meantime
+                if (other := _open(folder)) is not None:
+                    return other
+                shutil.rmtree(folder)
+            for old in root.glob(f"{first}-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            try:
+                work.rename(folder)
+            except OSError:  # another process was quicker
+                if (other := _open(folder)) is None:
+                    raise
+                return other
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except Odd as error:
+        raise PotstillError(f"{name}: {error}") from error
+    except OSError as error:
+        raise PotstillError(
+            f"{name}: the decoded pictures cannot be kept in {root} ({error.strerror}); POTSTILL_CACHE names another place"
+        ) from error
+    if (made := _open(folder)) is None:
+        raise PotstillError(f"{name}: the decoded pictures in {folder} cannot be read again; is the disk damaged?")
+    return made
+
+
+def _open(folder: Path) -> Decoded | None:
+    """A cache, mapped where it is large; nothing where there is none or it is damaged."""
+    try:
+        info = json.loads((folder / "known.json").read_bytes())
+        if [(folder / f).stat().st_size for f in FILES] != info["sizes"]:
+            return None
+        mapped = sum(info["sizes"]) > MAPPED_SHARE * memory()
+        # "c": writable for PyTorch's sake, and what is written never reaches the file
+        arrays = tuple(
+            np.load(folder / f, mmap_mode="c" if mapped and "inputs" in f else None, allow_pickle=False) for f in FILES
+        )
+        return Decoded(arrays, info["known"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _fill(
+    folder: Path,
+    listing: Listing,
+    order: Callable[[np.ndarray], np.ndarray],
+    known: Callable[[Sequence[np.ndarray]], dict[str, Any]],
+    convert: str | None,
+) -> None:
+    """Decode everything into files of a folder."""
+    ((first_name, content),) = listing.train.batch(0, 1)
+    first = _decode(first_name, content, convert)
+    arrays: list[np.ndarray] = []
+    for split, pictures in (("train", listing.train), ("test", listing.test)):
+        count = len(pictures.labels)
+        rows = order(pictures.labels) if split == "train" else np.arange(count)
+        place = np.empty(count, dtype=np.int64)
+        place[rows] = np.arange(count)
+        out = np.lib.format.open_memmap(
+            folder / f"{split}-inputs.npy", mode="w+", dtype=np.uint8, shape=(count, *first.shape)
+        )
+
+        def work(
+            start: int, pictures: Pictures = pictures, out: np.ndarray = out, place: np.ndarray = place, n: int = count
+        ) -> None:
+            for i, (name, content) in enumerate(pictures.batch(start, min(start + CHUNK, n)), start):
+                array = _decode(name, content, convert)
+                if array.shape != first.shape:
+                    raise Odd(
+                        f"{name} is {said(array)}, {first_name} is {said(first)}; all pictures must be equal in both"
+                    )
+                out[place[i]] = array
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+            jobs = [pool.submit(work, start) for start in range(0, count, CHUNK)]
+            try:
+                for job in jobs:  # in order: the first error is that of the first odd picture
+                    job.result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+        out.flush()
+        np.save(folder / f"{split}-labels.npy", pictures.labels[rows].astype(np.int64))
+        arrays += [out, np.load(folder / f"{split}-labels.npy")]
+    info = {
+        "known": {**known(arrays), "class_names": listing.class_names},
+        "sizes": [(folder / f).stat().st_size for f in FILES],
+    }
+    (folder / "known.json").write_text(json.dumps(info))
+    for name in (*FILES, "known.json"):
+        with (folder / name).open("rb+") as handle:
+            os.fsync(handle.fileno())
+
+
+def _decode(name: str, content: bytes | Path, convert: str | None) -> np.ndarray:
+    try:
+        return decode(content, convert)
+    except Odd as error:
+        raise Odd(f"{name} {error}") from error
