@@ -52,7 +52,7 @@ def parser() -> Parser:
         help="what the set is learned with and judged with: kind[-norm][-wWIDTH][-dDEPTH], such as convnet-batch-w64, "
         "or package.module:function",
     )
-    d.add_argument("--init", help="real or noise")
+    d.add_argument("--init", help="real, noise, herding, k-center, k-means or k-means-centre")
     d.add_argument("--transform", default="standardise", help="standardise, zca or none (default: standardise)")
     d.add_argument(
         "--set",
@@ -94,7 +94,9 @@ def parser() -> Parser:
         metavar="WHAT",
         help="of another project's set: standardise, unit (pixels 0 to 1), or MEAN/STD such as 0.2861/0.3530",
     )
-    e.add_argument("--baselines", default="", metavar="LIST", help="of random and whole, beside each set")
+    e.add_argument(
+        "--baselines", default="", metavar="LIST", help="of random, k-means, random-soft and whole, beside each set"
+    )
     e.add_argument("--seed", type=int, default=0)
     e.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     for p in (d, e):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,8 +30,9 @@ from .functional import Key
 from .loaders import load_named
 from .measure import peak_bytes, reset_peak
 from .networks import network
-from .records import digest, write_json
-from .synthetic import pick_random
+from .records import cache, digest, write_json
+from .synthetic import counts_per_group, pick, pick_random
+from .teacher import School, seconds_of_labels, soften
 from .training import PROTOCOLS, Protocol, Trainer
 
 Say = Callable[[str], None]
@@ -43,7 +43,8 @@ class Result:
     """One set, one network, one protocol: the scores of several fresh networks.
 
     `spread` says what varies between the scores: `networks` (one set) or `sets and networks` (a set drawn anew for
-    each network).
+    each network). Bytes are those of inputs and labels as a set stores them; for the whole set, as the data hold them.
+    `temperature` is that of soft labels by a teacher which a baseline made for itself.
     """
 
     set: str
@@ -65,6 +66,10 @@ class Result:
     precision: str
     seconds: float
     peak_bytes: int
+    input_bytes: int
+    label_bytes: int
+    labels: str = "hard"
+    temperature: float | None = None
 
 
 def fitting(augment: Augment, data_mirror: bool, shape: tuple[int, ...]) -> Augment:
@@ -144,6 +149,9 @@ class Judge:
             precision=precision,
             seconds=round(time.perf_counter() - start, 3),
             peak_bytes=peak_bytes(self.device),
+            input_bytes=sets[0][0].nbytes,
+            label_bytes=sets[0][1].nbytes,
+            labels="hard" if sets[0][1].ndim == 1 else "soft",
         )
 
     def set(self, set_: DistilledSet, name: str, net_name: str) -> Result:
@@ -159,6 +167,48 @@ class Judge:
         sets = [(self.data.prepare(train.inputs[p]), train.labels[p]) for p in picks]
         return self.judge("random real", "random", _ipc(set_), sets, self.data.prepare, net_name, varied=True)
 
+    def k_means(self, set_: DistilledSet, net_name: str) -> Result:
+        """As many real samples of each class, those nearest to the centres of k-means on pixels; one set."""
+        index = pick(self.data, set_.meta.ipc, "k-means", Key(self.seed).fold("k-means"))
+        pair = (self.data.prepare(self.data.train.inputs[index]), self.data.train.labels[index])
+        sets = [pair] * self.repeats
+        return self.judge("k-means real", "k-means", _ipc(set_), sets, self.data.prepare, net_name)
+
+    def random_soft(self, set_: DistilledSet, net_name: str, affordable: float | None = None) -> Result | None:
+        """As many real samples of each class, drawn anew for each network, with soft labels by a teacher.
+
+        Everything is made from nine tenths of the training data; on the tenth held out, for the first draw, the
+        temperature is chosen.
+
+        Args:
+            set_: Whose counts are taken.
+            net_name: The network, as student and as teacher.
+            affordable: Not run, and `None` returned, where it would take longer than so many seconds.
+        """
+        data, counts = self.data.hold_out(HOLDOUT), set_.meta.ipc
+        if any(count > most for count, most in zip(counts, data.counts.tolist(), strict=True)):
+            self.say("random with soft labels: not measured, a class has too few samples beside those held out")
+            return None
+        school = School(data, self.seed, self.device, self.compile, self.precision, self.say, self.bar)
+        fitted = replace(self.protocol, augment=fitting(self.protocol.augment, data.mirror, data.shape))
+        work = Trainer(school.network(net_name), fitted, data.task, False, "cpu").flops(len(set_)) * self.repeats
+        seconds = school.seconds(net_name) + seconds_of_labels(data, net_name, len(set_)) + work / EAGER_FLOPS
+        if affordable is not None and seconds > affordable:
+            self.say(
+                f"random with soft labels: not measured, about {seconds / 60:.0f} min here; "
+                "--baselines random-soft measures it"
+            )
+            return None
+        teacher = school.teacher(net_name)
+        picks = [pick_random(data, counts, Key(self.seed).fold("random", r)) for r in range(self.repeats)]
+        inputs = [data.prepare(data.train.inputs[p]) for p in picks]
+        first = teacher.label(data, inputs[0], net_name, Key(self.seed).fold("temperature"))
+        self.say(first.words)
+        sets = [(x, soften(teacher.logits(x), first.temperature)) for x in inputs]
+        name = "random real, soft labels"
+        result = self.judge(name, "random-soft", _ipc(set_), sets, data.prepare, net_name, varied=True)
+        return replace(result, temperature=first.temperature)
+
     def whole(self, net_name: str, affordable: float | None = None) -> Result | None:
         """One network on the whole training set under the protocol `whole`; kept in a cache.
 
@@ -171,8 +221,7 @@ class Judge:
         train = self.data.train
         mark = [self.data.fingerprint, len(train), net.name, whole.protocol.hash, self.seed, self.precision]
         mark += [self.data.transform.name] if self.data.transform.name != "standardise" else []
-        cache = Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill") / "whole"
-        file = cache / f"{digest(mark)}.json"
+        file = cache("whole") / f"{digest(mark)}.json"
         named = ":" not in net_name  # code from outside may change under its name
         try:
             if named:
@@ -187,8 +236,9 @@ class Judge:
             return None
         pair = (self.data.prepare(train.inputs), train.labels)
         result = whole.judge("whole training set", "whole", None, [pair], self.data.prepare, net_name)
+        result = replace(result, input_bytes=train.inputs.nbytes, label_bytes=train.labels.nbytes)
         if named:
-            cache.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, asdict(result))
         return result
 
@@ -198,7 +248,8 @@ def _ipc(set_: DistilledSet) -> int | list[int]:
     return counts[0] if len(set(counts)) == 1 else counts
 
 
-BASELINES = ("random", "whole")
+BASELINES = ("random", "k-means", "random-soft", "whole")
+HOLDOUT = 0.1  # of the training data, for a teacher's temperature
 
 
 def asked_by(set_: DistilledSet, name: str) -> str:
@@ -246,14 +297,14 @@ def evaluate(
         networks: Names, or `package.module:function`; the student that a set asks for if absent.
         protocol: Name; the one that a set asks for if absent.
         normalisation: What was done to the inputs of other projects' sets: `standardise`, `unit` or `MEAN/STD`.
-        baselines: Of `random` and `whole`, judged beside each set.
+        baselines: Of `random`, `k-means`, `random-soft` and `whole`, judged beside each set.
         repeats: Fresh networks for each number.
         seed: Of weights, order and augmentation; the same for every set, so that numbers are paired.
         data_root: As for `load_data`.
         device: Where to train.
         compile: `auto`, `on` or `off`.
         precision: `auto`, `fp32` or `bf16`.
-        affordable: Leave out the whole set where it would take longer than so many seconds.
+        affordable: Leave out `random-soft` and `whole` where one would take longer than so many seconds.
         say: Receives lines for the user.
         bar: Makes a progress bar of a length, a title and a start.
 
@@ -306,6 +357,8 @@ def evaluate(
     for set_, name in loaded:  # all mistakes before any training
         source, kind = data_for(set_.meta.data), set_.meta.transform["name"]
         check_fit(set_, source)
+        if set(baselines) - {"whole"}:
+            counts_per_group([max(n, 1) for n in set_.meta.ipc], source.counts)  # a foreign set may lack a class
         if source.transform.name != kind:  # baselines see what the set sees
             source = source.with_transform(kind)
         if source.fingerprint != set_.meta.fingerprint:
@@ -324,6 +377,10 @@ def evaluate(
             results.append(judge.set(set_, name, n))
             if "random" in baselines:
                 results.append(judge.random(set_, n))
+            if "k-means" in baselines:
+                results.append(judge.k_means(set_, n))
+            if "random-soft" in baselines and (soft := judge.random_soft(set_, n, affordable)):
+                results.append(soft)
             if "whole" in baselines and (whole := judge.whole(n, affordable)):
                 results.append(whole)
     return results

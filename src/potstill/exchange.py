@@ -47,6 +47,7 @@ class Meta:
         seed: Of the run.
         steps: That it was distilled for when this file was written.
         software: Version that wrote it.
+        teacher: Who gave soft labels: network, protocol, temperature and the held-out accuracies that it was chosen by.
     """
 
     method: str
@@ -65,6 +66,7 @@ class Meta:
     seed: int
     steps: int
     software: str
+    teacher: dict[str, Any] | None = None
 
 
 class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
@@ -97,6 +99,11 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
     def shape(self) -> tuple[int, ...]:
         """Shape of one input."""
         return tuple(self.inputs.shape[1:])
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of inputs and of labels as they are stored."""
+        return {"input_bytes": self.inputs.nbytes, "label_bytes": self.labels.nbytes}
 
     @property
     def classes(self) -> Tensor:

@@ -26,7 +26,8 @@ from .data import Classification, Data, Split, fingerprint_of, holdout_order, st
 from .errors import PotstillError, unknown
 from .functional import Key
 from .pictures import Listing, cached
-from .transforms import Standardise, cache_root
+from .records import cache
+from .transforms import Standardise
 
 DATA_ROOT = "POTSTILL_DATA"
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -258,7 +259,7 @@ def _decoded(
     def order(labels: np.ndarray) -> np.ndarray:
         return holdout_order(torch.from_numpy(labels)).numpy()
 
-    made = cached(cache_root() / "decoded", name, origin, stamp, listing, order, known, convert)
+    made = cached(cache("decoded"), name, origin, stamp, listing, order, known, convert)
     x, y, tx, ty = map(torch.from_numpy, made.arrays)
     plain = Standardise(tuple(made.known["mean"]), tuple(made.known["std"]), 2)
     names, train = tuple(made.known["class_names"]), Split(x, y)

@@ -24,8 +24,9 @@ from .measure import Clock, cost, reset_peak
 from .networks import network as build_network
 from .outcome import record_of, write
 from .recipe import Recipe, change, find
-from .still import Settings, Still
-from .synthetic import counts_per_group, initialise, share
+from .still import Settings, Still, start_of
+from .synthetic import Synthetic, counts_per_group, share
+from .teacher import School
 from .transforms import check_transform, matrix_of
 
 SAVE_EVERY = 30.0  # seconds between checkpoints; they change no number
@@ -79,6 +80,8 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
     elif len(data.shape) != 3 and recipe.network.startswith("convnet"):
         say("network mlp: the inputs are vectors")
         settings = {"network": "mlp", "student": "mlp", **settings}
+    if ask.init and recipe.objective is None and ask.init != recipe.init:
+        raise PotstillError(f"--init {ask.init}: method '{recipe.method}' is its start; take --method for another one")
     if ask.init:
         settings["init"] = ask.init
     if ask.steps is not None:
@@ -194,7 +197,7 @@ class Quiet:
 
 
 def prepare(
-    ask: Ask, data: Data, out: Path, resume: bool, clock: Clock, say: Callable[[str], None]
+    ask: Ask, data: Data, start: Synthetic, out: Path, resume: bool, clock: Clock, say: Callable[[str], None]
 ) -> tuple[Still, Progress]:
     """The run bound to its data and the point from which it goes on, its number of steps fixed."""
     recipe = recipe_of(ask, data, say)
@@ -220,7 +223,7 @@ def prepare(
             precision,
             pinned["threads"],
         )
-        still = Still(data, settings)
+        still = Still(data, settings, start)
         say(f"resumed at step {progress.step} of {steps}")
         if on and progress.step < steps:
             with clock.phase("compile"):
@@ -229,14 +232,14 @@ def prepare(
     settings = Settings(
         recipe, counts, ask.seed, ask.holdout, recipe.steps, ask.device, False, precision, torch.get_num_threads()
     )
-    still = Still(data, settings)
+    still = Still(data, settings, start)
     seconds = 60 * (ask.minutes or 0)
     if ask.minutes is None and ask.compile == "auto":
         seconds = count_flops(lambda: still.step(still.fresh(), 0)) * recipe.steps / EAGER_FLOPS
     on, why = choose_compile(ask.compile, seconds, ask.device)
     say(f"compile {'on' if on else 'off'} ({why}), precision {precision}")
     if on:
-        still = Still(data, replace(settings, compile=True))
+        still = Still(data, replace(settings, compile=True), start)
         with clock.phase("compile"):
             still.step(still.fresh(), 0)
     looks: list[dict[str, Any]] = []
@@ -244,12 +247,24 @@ def prepare(
         with clock.phase("looks"):
             first = still.look(still.fresh())
         looks = [{"step": 0, **first}] if first else []
-        spent = clock.seconds.get("compile", 0.0) + clock.seconds["looks"] * (1 + recipe.looks)
+        spent = clock.seconds["start"] + clock.seconds.get("compile", 0.0) + clock.seconds["looks"] * (1 + recipe.looks)
         with clock.phase("planning"):
             steps = plan(still, ask.minutes, spent, say)
         still = still.with_steps(steps)
     losses = torch.full((still.settings.steps,), math.nan, dtype=torch.float64)
     return still, Progress((0, still.fresh()), losses, looks)
+
+
+def coreset(school: School, recipe: Recipe, counts: list[int], start: Synthetic) -> DistilledSet:
+    """The set of a recipe without steps: its start, with labels by a teacher where the recipe asks for them."""
+    inputs, labels = start.take(torch.arange(len(start)))
+    meta = describe_set(school.data, recipe, counts, school.seed, 0)
+    if recipe.labels == "soft":
+        key = Key(school.seed).fold("temperature")
+        soft = school.teacher(recipe.student).label(school.data, inputs, recipe.student, key)
+        school.say(soft.words)
+        labels, meta = soft.labels, replace(meta, labels="soft", teacher=soft.describe())
+    return DistilledSet(inputs, labels, meta, matrix=matrix_of(school.data.transform))
 
 
 def distill(
@@ -293,7 +308,7 @@ def distill(
             before the first one.
         preset: `paper` or `small`.
         network: What the set is learned with and asks to be judged with.
-        init: `real` or `noise`.
+        init: `real`, `noise`, `herding`, `k-center`, `k-means` or `k-means-centre`.
         transform: `standardise`, `zca` or `none`; that of the data, usually `standardise`, if absent.
         settings: Recipe fields to change, dotted path to value.
         seed: Of everything random.
@@ -359,14 +374,15 @@ def distill(
 
     results: list[dict[str, Any]] = []
     still, progress = None, None
+    school = School(data, seed, device, compile, precision, say, bar)
+    with clock.phase("start"):
+        start = start_of(school, recipe, each)
     if recipe.objective is None:
-        s = initialise(data, each, recipe.init, Key(seed).fold("init"))
-        set_ = DistilledSet(
-            *s.take(torch.arange(len(s))), describe_set(data, recipe, each, seed, 0), None, matrix_of(data.transform)
-        )
+        with clock.phase("labels"):
+            set_ = coreset(school, recipe, each, start)
         set_.save(out / "set.safetensors")
     else:
-        still, progress = prepare(ask, data, out, resume, clock, say)
+        still, progress = prepare(ask, data, start, out, resume, clock, say)
         recipe = still.settings.recipe
         line = bar(still.settings.steps, f"{recipe.method} on {data.name}", progress.step) if bar else Quiet()
         try:

@@ -72,13 +72,54 @@ def random(preset: str = "paper", ipc: int = 1) -> Recipe:
     return Recipe(method="random", preset=preset, looks=0)
 
 
-METHODS: dict[str, Callable[[str, int], Recipe]] = {"dc": dc, "dm": dm, "dsa": dsa, "random": random}
+def herding(preset: str = "paper", ipc: int = 1) -> Recipe:
+    """Real samples whose running mean stays closest to the class mean (Welling 2009). No steps."""
+    return Recipe(method="herding", preset=preset, init="herding", looks=0)
+
+
+def k_center(preset: str = "paper", ipc: int = 1) -> Recipe:
+    """Real samples, farthest first, from the one nearest to the class mean (Sener and Savarese 2018). No steps."""
+    return Recipe(method="k-center", preset=preset, init="k-center", looks=0)
+
+
+def k_means(preset: str = "paper", ipc: int = 1) -> Recipe:
+    """The real sample nearest to each centre of k-means (Lloyd 1982). No steps."""
+    return Recipe(method="k-means", preset=preset, init="k-means", looks=0)
+
+
+def k_means_centre(preset: str = "paper", ipc: int = 1) -> Recipe:
+    """The centres of k-means themselves, which are no real samples (Lloyd 1982). No steps."""
+    return Recipe(method="k-means-centre", preset=preset, init="k-means-centre", looks=0)
+
+
+def random_soft(preset: str = "paper", ipc: int = 1) -> Recipe:
+    """Random real samples, labelled with probabilities by a trained network: the baseline of sets with soft labels."""
+    return Recipe(method="random-soft", preset=preset, labels="soft", looks=0)
+
+
+METHODS: dict[str, Callable[[str, int], Recipe]] = {
+    "dc": dc,
+    "dm": dm,
+    "dsa": dsa,
+    "random": random,
+    "random-soft": random_soft,
+    "herding": herding,
+    "k-center": k_center,
+    "k-means": k_means,
+    "k-means-centre": k_means_centre,
+}
 PRESETS = ("paper", "small")
 
+LLOYD = "Stuart P. Lloyd. Least Squares Quantization in PCM. IEEE Transactions on Information Theory 28(2), 1982"
 CITATIONS: dict[str, str] = {
     "dc": "Bo Zhao, Konda Reddy Mopuri and Hakan Bilen. Dataset Condensation with Gradient Matching. ICLR 2021. arXiv:2006.05929",
     "dsa": "Bo Zhao and Hakan Bilen. Dataset Condensation with Differentiable Siamese Augmentation. ICML 2021. arXiv:2102.08259",
     "dm": "Bo Zhao and Hakan Bilen. Dataset Condensation with Distribution Matching. WACV 2023. arXiv:2110.04181",
+    "herding": "Max Welling. Herding Dynamical Weights to Learn. ICML 2009. doi:10.1145/1553374.1553517",
+    "k-center": "Ozan Sener and Silvio Savarese. Active Learning for Convolutional Neural Networks: A Core-Set Approach. "
+    "ICLR 2018. arXiv:1708.00489",
+    "k-means": LLOYD,
+    "k-means-centre": LLOYD,
 }
 
 

@@ -69,6 +69,11 @@ def record_of(
             "sha256": hashlib.sha256(file).hexdigest(),
             "bytes": len(file),
             "images": len(set_),
+            **set_.sizes,
+        },
+        "labels": {
+            "kind": set_.meta.labels,
+            **({"teacher": set_.meta.teacher} if set_.meta.teacher else {}),
         },
     }
 

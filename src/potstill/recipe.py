@@ -24,7 +24,7 @@ from .errors import PotstillError, unknown
 from .functional import OPTIMISERS, Optimiser
 from .objectives import OBJECTIVES, Objective
 from .sources import SOURCES, Pool
-from .synthetic import INITIALISERS
+from .synthetic import INITIALISERS, SELECTORS
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Recipe:
         source: Where networks come from.
         learn: What of S is learned.
         init: How S starts.
+        space: Where an `init` that chooses among training samples compares them: `pixels` (standardised), `features`
+            (of `network`, trained by protocol `whole` on the training data) or `random-features` (of `network`, fresh).
+        labels: `hard`, or `soft`: probabilities by `student`, trained by protocol `whole`; for coresets only.
         augment: One augmentation for objective and source.
         optimiser: One per learned part.
         steps: Steps of a run that names neither steps nor minutes.
@@ -53,6 +56,8 @@ class Recipe:
     source: Pool | None = None
     learn: tuple[str, ...] = ()
     init: str = "real"
+    space: str = "pixels"
+    labels: str = "hard"
     augment: Augment = Augment()
     optimiser: Mapping[str, Optimiser] = field(default_factory=dict)
     steps: int = 0
@@ -64,6 +69,14 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.init not in INITIALISERS:
             raise unknown("initialiser", self.init, INITIALISERS)
+        if self.space not in SPACES:
+            raise unknown("space", self.space, SPACES)
+        if self.space != "pixels" and self.init not in SELECTORS:
+            raise PotstillError(f"init '{self.init}' chooses no samples in {self.space}; {', '.join(SELECTORS)} do")
+        if self.labels not in LABELS:
+            raise unknown("kind of labels", self.labels, LABELS)
+        if self.labels == "soft" and self.objective is not None:
+            raise PotstillError(f"labels = soft is for coresets; method '{self.method}' has an objective")
         for part in self.learn:
             if part not in LEARNABLE:
                 raise unknown("learnable part of S", part, LEARNABLE)
@@ -83,6 +96,8 @@ class Recipe:
 
 
 LEARNABLE = ("inputs",)
+SPACES = ("pixels", "features", "random-features")
+LABELS = ("hard", "soft")
 _KINDS: dict[str, Mapping[str, type]] = {"objective": OBJECTIVES, "source": SOURCES}
 
 

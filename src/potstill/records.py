@@ -100,6 +100,11 @@ def read_json(path: Path) -> Any:
         raise PotstillError(f"{path} is not a whole record ({type(error).__name__})") from error
 
 
+def cache(room: str) -> Path:
+    """A folder of what can be made again, at a cost: below `POTSTILL_CACHE`, else `~/.cache/potstill`."""
+    return Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill").expanduser() / room
+
+
 def digest(value: Any) -> str:
     """A short hash of plain values: equal values, equal hash."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=4).hexdigest()

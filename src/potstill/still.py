@@ -19,6 +19,7 @@ from .objectives import ByGroup, Net, Real, Sizes, Uniform
 from .recipe import Recipe, to_dict
 from .records import processor
 from .synthetic import Synthetic, initialise
+from .teacher import School
 from .training import LOOK, Trainer
 from .transforms import matrix_of
 
@@ -66,17 +67,24 @@ class Settings:
         }
 
 
+def start_of(school: School, recipe: Recipe, counts: list[int]) -> Synthetic:
+    """S before the first step: samples of the school's data, compared in the recipe's space where it chooses them."""
+    embed = school.embedding(recipe.space, recipe.network)
+    return initialise(school.data, counts, recipe.init, Key(school.seed).fold("init"), embed)
+
+
 class Still:
     """One run: a recipe bound to data, with everything that is static made once.
 
     Args:
         data: With its held-out part taken away.
         settings: The run's.
+        start: S before the first step; made as the recipe says if absent.
 
     The step is a pure function of the state and the step's number; randomness comes from keys below the seed.
     """
 
-    def __init__(self, data: Data, settings: Settings) -> None:
+    def __init__(self, data: Data, settings: Settings, start: Synthetic | None = None) -> None:
         recipe, self.data, self.settings = settings.recipe, data, settings
         if recipe.objective is None or recipe.source is None:
             raise PotstillError(f"method '{recipe.method}' takes no steps")
@@ -84,7 +92,7 @@ class Still:
         self.network = network(recipe.network, data.shape, data.task.outputs).at(PRECISIONS[settings.precision])
         self.objective = replace(recipe.objective, augment=recipe.augment)
         self.source = recipe.source
-        self.start = initialise(data, settings.counts, recipe.init, self.key.fold("init"))
+        self.start = start or start_of(School(data, settings.seed, settings.device), recipe, settings.counts)
         self.members = [(data.train.groups == g).nonzero().flatten() for g in range(len(settings.counts))]
         self._target = compiled(self.objective.target, settings.compile)
         self._gradient = compiled(self.gradient, settings.compile)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from . import coresets
 from .data import Data
 from .errors import PotstillError, unknown
 from .functional import Key
@@ -118,30 +119,96 @@ def pick_random(data: Data, counts: list[int], key: Key) -> Tensor:
     return torch.cat(picked)
 
 
-def _real(data: Data, counts: list[int], key: Key) -> Tensor:
+Embed = Callable[[Tensor], Tensor]  # raw inputs (N, *shape) to the rows (N, F) among which a coreset is chosen
+Start = Callable[[Data, list[int], Key, Embed], Tensor]
+
+
+def _k_means(rows: Tensor, count: int, key: Key) -> Tensor:
+    return coresets.k_means(rows, count, int(key.integers(2**31)))
+
+
+SELECTORS: dict[str, Callable[[Tensor, int, Key], Tensor]] = {
+    "herding": lambda rows, count, key: coresets.herding(rows, count),
+    "k-center": lambda rows, count, key: coresets.k_center(rows, count),
+    "k-means": lambda rows, count, key: coresets.nearest(rows, _k_means(rows, count, key)),
+}
+
+
+def pixels(data: Data) -> Embed:
+    """The inputs as networks see them, flattened."""
+    return lambda raw: data.prepare(raw).flatten(1)
+
+
+def pick(data: Data, counts: list[int], selector: str, key: Key, embed: Embed | None = None) -> Int64[Tensor, m]:
+    """Numbers of training samples that a coreset method chooses, class by class, `counts[g]` of group g, in group order.
+
+    Args:
+        data: Whose training part is chosen from.
+        counts: Samples of each group; 0 leaves a group out.
+        selector: `herding`, `k-center` or `k-means` (the real sample nearest to each centre).
+        key: Of this choice; only `k-means` draws.
+        embed: In which space samples are compared; standardised pixels if absent.
+
+    Raises:
+        PotstillError: No such selector, or a group with fewer samples than asked for.
+    """
+    if selector not in SELECTORS:
+        raise unknown("selector", selector, SELECTORS)
+    rows, picked = embed or pixels(data), []
+    for g, count in enumerate(counts):
+        if not count:
+            continue
+        members = (data.train.groups == g).nonzero().flatten()
+        picked.append(members[SELECTORS[selector](rows(data.train.inputs[members]), count, key.fold(g))])
+    return torch.cat(picked)
+
+
+def _real(data: Data, counts: list[int], key: Key, embed: Embed) -> Tensor:
     """Random real samples."""
     return data.prepare(data.train.inputs[pick_random(data, counts, key)])
 
 
-def _noise(data: Data, counts: list[int], key: Key) -> Tensor:
+def _noise(data: Data, counts: list[int], key: Key, embed: Embed) -> Tensor:
     """Standard normal noise in the standardised space."""
     return key.normal(sum(counts), *data.shape)
 
 
-INITIALISERS: dict[str, Callable[[Data, list[int], Key], Tensor]] = {"real": _real, "noise": _noise}
+def _selected(selector: str) -> Start:
+    """Real samples that a coreset method chooses."""
+    return lambda data, counts, key, embed: data.prepare(data.train.inputs[pick(data, counts, selector, key, embed)])
 
 
-def initialise(data: Data, counts: list[int], init: str, key: Key) -> Synthetic:
+def _centres(data: Data, counts: list[int], key: Key, embed: Embed) -> Tensor:
+    """The centres of k-means on standardised pixels: means of samples, themselves none."""
+    inputs = [data.train.inputs[data.train.groups == g] for g in range(len(counts))]
+    rows = [
+        _k_means(pixels(data)(x), count, key.fold(g)) for g, (x, count) in enumerate(zip(inputs, counts, strict=True))
+    ]
+    return torch.cat(rows).unflatten(1, data.shape)
+
+
+INITIALISERS: dict[str, Start] = {
+    "real": _real,
+    "noise": _noise,
+    **{name: _selected(name) for name in SELECTORS},
+    "k-means-centre": _centres,
+}
+
+
+def initialise(data: Data, counts: list[int], init: str, key: Key, embed: Embed | None = None) -> Synthetic:
     """The set before its first step, with hard labels.
 
     Args:
         data: The training data, with what is held out taken away.
         counts: Samples of each group.
-        init: `real` (random training samples) or `noise` (standard normal).
+        init: `real` (random training samples), `noise` (standard normal), `herding`, `k-center`, `k-means` (chosen
+            training samples) or `k-means-centre` (centres, which are no training samples).
         key: Of this draw.
+        embed: In which space training samples are chosen; standardised pixels if absent.
     """
     if init not in INITIALISERS:
         raise unknown("initialiser", init, INITIALISERS)
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     index, mask = group_index(labels, len(counts))
-    return Synthetic({"inputs": INITIALISERS[init](data, counts, key)}, {"labels": labels}, index, mask)
+    inputs = INITIALISERS[init](data, counts, key, embed or pixels(data))
+    return Synthetic({"inputs": inputs}, {"labels": labels}, index, mask)

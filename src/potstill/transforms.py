@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +21,7 @@ from safetensors.torch import save as encode
 from torch import Tensor
 
 from .errors import PotstillError, unknown
-from .records import write_whole
+from .records import cache, write_whole
 
 PART = 4096  # samples at a time: a sum over a whole set needs no copy of it in float
 MOST = 16384  # features that are whitened at most: the matrix alone takes 1 GiB
@@ -218,7 +217,7 @@ def learned(name: str, raw: Tensor, scale: float, standardise: Standardise, fing
         return Nothing()
     if name == "standardise":
         return standardise
-    folder = cache_root() / "zca" / f"{fingerprint}-{len(raw)}-{REG:g}"
+    folder = cache("zca") / f"{fingerprint}-{len(raw)}-{REG:g}"
     found = sorted(folder.glob("zca-*.safetensors"))
     if len(found) == 1:
         try:
@@ -234,11 +233,6 @@ def learned(name: str, raw: Tensor, scale: float, standardise: Standardise, fing
     folder.mkdir(parents=True, exist_ok=True)
     write_beside(folder, made)
     return made
-
-
-def cache_root() -> Path:
-    """Where what can be made again is kept: `POTSTILL_CACHE`, else `~/.cache/potstill`."""
-    return Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill").expanduser()
 
 
 def describe(transform: Transform) -> dict[str, Any]:
