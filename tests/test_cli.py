@@ -44,6 +44,7 @@ def npz(tmp_path):
 
 def refused(capsys, *arguments, code=2):
     """The one line of a refused command."""
+    capsys.readouterr()
     assert main(list(arguments)) == code
     error = capsys.readouterr().err.strip()
     assert error.startswith("potstill: ") and "\n" not in error and "Traceback" not in error
@@ -86,6 +87,14 @@ def refused(capsys, *arguments, code=2):
         (["distil", "digits"], "distil"),
         (["evaluate", "no/such/set"], "no set at no/such/set"),
         (["list", "method"], "did you mean 'methods'?"),
+        (["distill", "digits", "--method", ":x"], "cannot be imported"),
+        (["distill", "digits", "--method", "os.path:join"], "is no function of preset and images per class"),
+        (["distill", "digits", "--set", "objective.kind=[1]"], "no kind of objective '[1]'"),
+        (["distill", "digits", "--network", ""], "network ''"),
+        (["distill", "digits", "--steps", "99999999999999"], "above 1,000,000,000"),
+        (["distill", "digits", "--out", "x" * 300], "cannot be used"),
+        (["distill", "digits", "--device", "meta"], "--device 'meta' is not usable here"),
+        (["distill", "digits", "--resume", "--force"], "give one of them"),
         (["show", "dmm"], "did you mean 'dm'?"),
         (["cite", "random"], "comes from no single paper"),
     ],
@@ -124,6 +133,52 @@ def test_bad_sets(capsys, tmp_path, npz):
     file.write_bytes(file.read_bytes()[:-7])
     capsys.readouterr()
     assert "is damaged" in refused(capsys, "evaluate", str(file))
+
+
+def test_a_recipe_that_lacks_a_field(capsys, tmp_path):
+    (tmp_path / "r.toml").write_text('method = "dm"')
+    assert "recipe field 'preset' is missing" in refused(
+        capsys, "distill", "digits", "--recipe", str(tmp_path / "r.toml")
+    )
+
+
+def test_a_coreset_does_not_resume_another_run(capsys, tmp_path, npz):
+    """Nor is the set of another coreset replaced."""
+    run, file = ["--no-evaluate", "--out", str(tmp_path / "run")], tmp_path / "run" / "set.safetensors"
+    assert main(["distill", npz, *FAST, *run]) == 0
+    before = file.read_bytes()
+    assert "a run of other settings" in refused(capsys, "distill", npz, "--method", "random", "--resume", *run)
+    assert file.read_bytes() == before
+    assert main(["distill", npz, "--method", "random", "--force", *run]) == 0
+    before = file.read_bytes()
+    assert "a run of other settings" in refused(
+        capsys, "distill", npz, "--method", "random", "--seed", "1", "--resume", *run
+    )
+    assert file.read_bytes() == before
+    assert main(["distill", npz, "--method", "random", "--resume", *run]) == 0 and file.read_bytes() == before
+
+
+def test_a_changed_length_is_refused_on_resume(capsys, tmp_path, npz):
+    run = ["--no-evaluate", "--out", str(tmp_path / "run")]
+    assert main(["distill", npz, *FAST, *run]) == 0
+    assert "steps was 6, now 9" in refused(
+        capsys, "distill", npz, *FAST[:-2], "--preset", "paper", "--set", "steps=9", "--resume", *run
+    )
+
+
+def test_results_are_not_lost_to_a_bad_json_path(capsys, tmp_path, npz):
+    out = str(tmp_path / "run")
+    assert main(["distill", npz, *FAST, "--no-evaluate", "--out", out]) == 0
+    capsys.readouterr()
+    assert "--json" in refused(capsys, "evaluate", out, "--data", npz, "--json", str(tmp_path / "none" / "r.json"))
+
+
+def test_a_full_disk_at_the_report_is_one_line(tmp_path, npz):
+    """A limit on file sizes that the set fits under and the page does not."""
+    command = f"ulimit -f 22; exec {sys.executable} -m potstill distill {npz} {' '.join(FAST)} --no-evaluate --out {tmp_path / 'run'}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert len(potstill.load(tmp_path / "run")) == 3
 
 
 def test_a_folder_with_something_else(capsys, tmp_path, npz):

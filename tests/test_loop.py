@@ -323,3 +323,32 @@ def test_import_is_quick_and_loads_no_torch():
     begin = time.perf_counter()
     subprocess.run([sys.executable, "-c", script], check=True)
     assert time.perf_counter() - begin < 2
+
+
+def test_a_clock_never_counts_twice_nor_backwards():
+    from potstill.measure import Clock
+
+    clock = Clock()
+    begin = time.perf_counter()
+    with clock.phase("loop"):
+        time.sleep(0.05)
+        with clock.phase("looks"):
+            time.sleep(0.03)
+            assert clock.seconds["loop"] >= 0.05, "what an open phase has taken is there when an inner one begins"
+        time.sleep(0.02)
+    took = time.perf_counter() - begin
+    assert clock.seconds["loop"] >= 0.07 and clock.seconds["looks"] >= 0.03
+    assert sum(clock.seconds.values()) == pytest.approx(took, abs=0.01)
+
+
+@pytest.mark.parametrize("ipc", [1.0, True, "1", [1, 2.5, 1]])
+def test_images_per_class_are_whole_numbers(tmp_path, ipc):
+    with pytest.raises(PotstillError, match="not a whole number"):
+        run(tmp_path / "a", ipc=ipc)
+
+
+def test_images_per_class_of_numpy(tmp_path):
+    import numpy as np
+
+    assert run(tmp_path / "a", ipc=np.int64(2)).set.meta.ipc == [2, 2, 2]
+    assert run(tmp_path / "b", ipc=np.array([1, 2, 1])).set.meta.ipc == [1, 2, 1]

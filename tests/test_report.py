@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from potstill.errors import PotstillError
+from potstill.errors import PotstillError, Unwritable
 from potstill.report import grid, png_bytes, run_page, write_run_report
 
 PLANTED = "<script>alert(1)</script>"
@@ -348,13 +348,11 @@ def test_files_are_written_whole_and_nothing_is_left(tmp_path: Path, monkeypatch
     assert sorted(p.name for p in folder.iterdir()) == ["grid.png", "report.html"]
     before = (folder / "report.html").read_bytes()
 
-    def full(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:10])
-        raise OSError("no space left")
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Unwritable, match=r"cannot be written in .* \(no space left\)"):
         write_run_report(folder, record() | {"seed": 1}, arrays(), np.arange(3), [], None)
     assert sorted(p.name for p in folder.iterdir()) == ["grid.png", "report.html"]
     assert (folder / "report.html").read_bytes() == before
@@ -373,7 +371,7 @@ def test_importing_the_report_imports_nothing_heavy() -> None:
     names += [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
     foreign = {name.split(".")[0] for name in names} - sys.stdlib_module_names
     assert foreign == {"jinja2", "numpy", "PIL", "potstill"}
-    assert [name for name in names if name.startswith("potstill")] == ["potstill.errors"]
+    assert [name for name in names if name.startswith("potstill")] == ["potstill.errors", "potstill.records"]
 
 
 @pytest.mark.browser

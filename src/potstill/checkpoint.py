@@ -78,14 +78,23 @@ def open_folder(out: Path, resume: bool, force: bool) -> None:
     Raises:
         PotstillError: It holds something else, or a run that was not to be continued.
     """
-    if out.exists() and not out.is_dir():
-        raise PotstillError(f"--out {out} is a file; a folder is needed")
-    inside = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-    foreign = [n for n in inside if not ours(n) and not n.startswith((".zca-", *(f".{o}." for o in OURS)))]
+    try:
+        if out.exists() and not out.is_dir():
+            raise PotstillError(f"--out {out} is a file; a folder is needed")
+        inside = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    except OSError as error:
+        raise PotstillError(f"--out {out} cannot be used ({error.strerror})") from error
+    foreign = [
+        n
+        for n in inside
+        if (out / n).is_dir() or (not ours(n) and not n.startswith((".zca-", *(f".{o}." for o in OURS))))
+    ]
     if foreign:
         raise PotstillError(
             f"--out {out} holds something else ({foreign[0]}); name a folder that is empty or not there"
         )
+    if resume and force:
+        raise PotstillError("--resume continues a run and --force starts it again; give one of them")
     if inside and not resume and not force:
         raise PotstillError(f"--out {out} holds a run already; --resume continues it, --force starts it again")
     try:
@@ -93,7 +102,7 @@ def open_folder(out: Path, resume: bool, force: bool) -> None:
     except OSError as error:
         raise PotstillError(f"--out {out} cannot be made ({error.strerror})") from error
     for name in inside:
-        if (force and not resume) or not ours(name):  # what a killed process left half-written
+        if force or not ours(name):  # what a killed process left half-written
             (out / name).unlink()
 
 
@@ -130,12 +139,19 @@ def load_checkpoint(out: Path) -> tuple[dict[str, Any], Progress] | None:
         if header["format"] != FORMAT:
             raise PotstillError(f"{file} was written by another version of potstill; --force starts again")
         settings, step = header["settings"], header["step"]
+        missing = {"recipe", "counts", "seed", "holdout", "steps", "device", "compile", "precision", "threads"} - set(
+            settings
+        )
+        if missing or step > settings["steps"]:
+            raise KeyError(f"settings lack {', '.join(sorted(missing)) or 'steps'}")
         losses = torch.full((max(settings["steps"], step),), math.nan, dtype=torch.float64)
         losses[:step] = unpack(header["losses"], tensors)
         snapshots = {int(s): x for s, x in unpack(header["snapshots"], tensors).items()}
         progress = Progress((step, Now(*unpack(header["now"], tensors))), losses, header["looks"], snapshots)
         return {**settings, "seconds": header["seconds"]}, progress
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, PotstillError):
+            raise
         raise PotstillError(f"{file} is damaged ({type(error).__name__}: {error}); --force starts again") from error
 
 
@@ -149,8 +165,8 @@ def check_same(
     """
     now = {"recipe": to_dict(recipe), "counts": counts, "seed": ask.seed, "holdout": ask.holdout, "device": ask.device}
     now |= {"fingerprint": data.fingerprint, "transform": data.transform.name}
-    if ask.steps is not None:
-        now["steps"] = ask.steps
+    if ask.steps is not None or "steps" in ask.settings:
+        now["steps"] = recipe.steps
     if ask.compile != "auto":
         now["compile"] = ask.compile == "on"
     if ask.precision != "auto":

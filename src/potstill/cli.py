@@ -177,17 +177,19 @@ def _evaluate(args: argparse.Namespace) -> None:
     from .records import write_json
 
     def words(text: str) -> list[str]:
-        return [w for w in text.split(",") if w]
+        return [w.strip() for w in text.split(",") if w.strip()]
 
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise PotstillError(f"--json {args.json} cannot be written; a file in a folder that is there is needed")
     results = evaluate(
         args.sets, args.data, networks=words(args.networks), protocol=args.protocol,
         normalisation=args.normalisation, baselines=words(args.baselines), repeats=args.repeats, seed=args.seed, data_root=args.data_root, device=args.device, compile=args.compile,
         precision=args.precision, say=say, bar=progress_bar,
     )  # fmt: skip
     rows = [asdict(r) for r in results]
+    print(table(rows), flush=True)
     if args.json:
         write_json(args.json, rows)
-    print(table(rows))
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -107,7 +107,7 @@ def check_device(device: str) -> str:
         PotstillError: It is not.
     """
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise PotstillError(f"--device '{device}' is not usable here ({str(error).splitlines()[0][:100]})") from error
     return device

@@ -18,6 +18,10 @@ class Stopped(RuntimeError):
     """A run that ended before its last step, with everything that is good so far on disk (exit code 1)."""
 
 
+class Unwritable(PotstillError, Stopped):
+    """A file that could not be written: a full disk or a place without permission. What was there is untouched."""
+
+
 def unknown(kind: str, name: str, allowed: Iterable[str], hint: str = "") -> PotstillError:
     """An error for a name that does not exist, with the nearest ones that do.
 
@@ -37,4 +41,5 @@ def unknown(kind: str, name: str, allowed: Iterable[str], hint: str = "") -> Pot
         tail = "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     else:
         tail = "there are: " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return PotstillError(f"no {kind} '{name}'; {tail}" + (f" {hint}" if hint else ""))
+    joint = " " if close else "; "
+    return PotstillError(f"no {kind} '{name}'; {tail}" + (f"{joint}{hint}" if hint else ""))

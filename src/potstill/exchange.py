@@ -204,7 +204,9 @@ def load(path: str | Path) -> DistilledSet:
         matrix = read_beside(file.parent, meta.transform) if matrix is None else matrix
         made = DistilledSet(tensors["inputs"], tensors["labels"], meta, tensors.get("lr"), matrix)
         _check(made, file)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, PotstillError):
+            raise
         raise PotstillError(f"{file} is no distilled set: {error}") from error
     return made
 
@@ -212,6 +214,14 @@ def load(path: str | Path) -> DistilledSet:
 def _check(made: DistilledSet, file: Path) -> None:
     """Refuse a set whose parts do not fit each other."""
     inputs, labels, meta = made.inputs, made.labels, made.meta
+    words = ("method", "data", "fingerprint", "labels", "student", "protocol", "software")
+    wrong = [w for w in words if not isinstance(getattr(meta, w), str)]
+    numbers = isinstance(meta.scale, int | float) and 0 < meta.scale < float("inf")
+    low_high = [float(v) for v in meta.limits] if len(meta.limits) == 2 else [0.0, 0.0]
+    if wrong or not numbers or not low_high[0] < low_high[1]:
+        raise PotstillError(
+            f"{file} is no distilled set: its {(wrong or ['scale or limits'])[0]} is not what it should be"
+        )
     sizes = {len(inputs), len(labels), sum(meta.ipc)}
     classes = len(meta.class_names)
     if len(sizes) > 1 or 0 in sizes or len(meta.ipc) != classes or inputs.ndim < 2 or not inputs.is_floating_point():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from .data import Data, load_data
 from .errors import PotstillError, Stopped
 from .evaluation import BASELINES, fitting, protocol_of
 from .evaluation import evaluate as evaluate_sets
-from .exchange import DistilledSet, describe_set
+from .exchange import DistilledSet, describe_set, load
 from .functional import Key
 from .measure import Clock, cost, reset_peak
 from .networks import network as build_network
@@ -65,7 +66,11 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
     if isinstance(ask.method, Recipe):
         recipe = ask.method
     else:
-        preset = ask.preset or ("paper" if ask.steps is not None or ask.device != "cpu" else "small")
+        preset = (
+            ask.preset
+            if ask.preset is not None
+            else ("paper" if ask.steps is not None or ask.device != "cpu" else "small")
+        )
         recipe = find(ask.method, preset, ask.ipc if isinstance(ask.ipc, int) else max(ask.ipc))
         if not ask.preset and recipe.objective is not None:
             why = (
@@ -75,14 +80,14 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
             )
             say(f"preset {preset} ({why})")
     settings = dict(ask.settings)
-    if ask.network:
+    if ask.network is not None:
         settings = {"network": ask.network, "student": ask.network, **settings}
     elif len(data.shape) != 3 and recipe.network.startswith("convnet"):
         say("network mlp: the inputs are vectors")
         settings = {"network": "mlp", "student": "mlp", **settings}
     if ask.init and recipe.objective is None and ask.init != recipe.init:
         raise PotstillError(f"--init {ask.init}: method '{recipe.method}' is its start; take --method for another one")
-    if ask.init:
+    if ask.init is not None:
         settings["init"] = ask.init
     if ask.steps is not None:
         settings["steps"] = ask.steps
@@ -167,7 +172,7 @@ def run_steps(
                 step, now = progress.at
                 after, loss = still.step(now, step)
                 first = progress.losses[: min(step, 10)]
-                ran_away = len(first) == 10 and loss > DIVERGED * float(first.max())
+                ran_away = len(first) == 10 and loss > DIVERGED * float(first.abs().max())
                 if not math.isfinite(loss) or ran_away or not all(v.isfinite().all() for v in after.learned.values()):
                     what = "has run away to" if ran_away else "is"
                     raise Stopped(
@@ -267,6 +272,37 @@ def coreset(school: School, recipe: Recipe, counts: list[int], start: Synthetic)
     return DistilledSet(inputs, labels, meta, matrix=matrix_of(school.data.transform))
 
 
+def whole_numbers(ipc: Any) -> int | list[int]:
+    """Images per class as plain numbers: one, or one for each class.
+
+    Raises:
+        PotstillError: Something else, such as a float.
+    """
+    try:
+        if isinstance(ipc, bool):
+            raise TypeError
+        return (
+            operator.index(ipc)
+            if hasattr(ipc, "__index__") and not getattr(ipc, "ndim", 0)
+            else [operator.index(n) for n in ipc]
+        )
+    except TypeError:
+        raise PotstillError(f"ipc {ipc!r} is not a whole number, nor several of them") from None
+
+
+def check_coreset(out: Path, made: DistilledSet) -> None:
+    """Refuse to resume another run as a coreset, which has no checkpoint of its own.
+
+    Raises:
+        PotstillError: The folder holds a run of steps, or a set that is not this one.
+    """
+    file = out / "set.safetensors"
+    if (out / "checkpoint.safetensors").exists() or (file.exists() and load(file).meta != made.meta):
+        raise PotstillError(
+            f"--out {out} holds a run of other settings; give another folder, or --force to start again"
+        )
+
+
 def distill(
     data: Data | str | Path,
     method: str | Recipe = "dm",
@@ -341,7 +377,7 @@ def distill(
         raise PotstillError("--ipc and --budget exclude each other; give one")
     if transform is not None:
         check_transform(transform)
-    counts = 1 if ipc is None else ipc if isinstance(ipc, int) else list(ipc)
+    counts = 1 if ipc is None else whole_numbers(ipc)
     ask = Ask(
         method, counts, steps, minutes, preset, network, init, settings or {}, seed, holdout, device, precision, compile
     )
@@ -371,6 +407,8 @@ def distill(
     choose_precision(precision, device, build_network(recipe.network, data.shape, data.task.outputs))
     choose_compile(compile, 0.0, device)
     open_folder(out, resume, force)
+    if resume and not any(out.iterdir()):
+        say(f"nothing to resume in {out}: the run begins")
 
     results: list[dict[str, Any]] = []
     still, progress = None, None
@@ -380,6 +418,8 @@ def distill(
     if recipe.objective is None:
         with clock.phase("labels"):
             set_ = coreset(school, recipe, each, start)
+        if resume:
+            check_coreset(out, set_)
         set_.save(out / "set.safetensors")
     else:
         still, progress = prepare(ask, data, start, out, resume, clock, say)

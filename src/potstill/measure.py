@@ -45,21 +45,25 @@ class Clock:
     def __init__(self, seconds: dict[str, float] | None = None) -> None:
         self.seconds = dict(seconds or {})
         self._open: list[str] = []
+        self._since = 0.0
+
+    def _settle(self) -> None:
+        """Give the time since the last change to the innermost open phase."""
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
+        self._since = now
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time what happens inside; a phase inside another is not counted in the outer one."""
-        start = time.perf_counter()
-        outer = self._open[-1] if self._open else None
+        self._settle()
         self._open.append(name)
         try:
             yield
         finally:
-            took = time.perf_counter() - start
+            self._settle()
             self._open.pop()
-            self.seconds[name] = self.seconds.get(name, 0.0) + took
-            if outer is not None:
-                self.seconds[outer] = self.seconds.get(outer, 0.0) - took
 
     def rounded(self) -> dict[str, float]:
         """Seconds per phase for a record."""

@@ -89,8 +89,8 @@ class Recipe:
                 raise PotstillError("recipe: nothing is learned; learn needs at least one of " + ", ".join(LEARNABLE))
             _ = self.objective.needs  # its sizes are checked
         for name in ("steps", "looks"):
-            if getattr(self, name) < 0:
-                raise PotstillError(f"recipe: {name} = {getattr(self, name)} is below 0")
+            if not 0 <= getattr(self, name) <= 10**9:
+                raise PotstillError(f"recipe: {name} = {getattr(self, name)} is below 0 or above 1,000,000,000")
         if self.objective is None and self.steps:
             raise PotstillError(f"method '{self.method}' has no objective and takes 0 steps, not {self.steps}")
 
@@ -160,7 +160,7 @@ def _build(path: str, value: Any, table: Mapping[str, type]) -> Any:
     kind = rest.pop("kind", None)
     if kind is None:
         raise PotstillError(f"recipe field '{path}' lacks its kind; there are: {', '.join(table)}")
-    if kind not in table:
+    if not isinstance(kind, str) or kind not in table:
         raise unknown(f"kind of {path.split('.')[0]}", str(kind), table)
     return _make(table[kind], rest, path + ".")
 
@@ -175,6 +175,11 @@ def _make(cls: type, plain: Mapping[str, Any], prefix: str) -> Any:
             known = [prefix + f for f in fields]
             raise unknown("recipe field", prefix + name, known, "`potstill show METHOD` shows all")
         values[name] = _typed(value, hints[name], prefix + name)
+    needed = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING and n not in values]
+    if needed:
+        raise PotstillError(
+            f"recipe field '{prefix}{needed[0]}' is missing; `potstill show METHOD` shows a whole recipe"
+        )
     return cls(**values)
 
 
@@ -242,9 +247,12 @@ def find(name: str, preset: str | None = None, ipc: int = 1) -> Recipe:
     module, _, attribute = name.partition(":")
     try:
         made = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise PotstillError(f"method '{name}' cannot be imported ({error}); package.module:recipe is needed") from error
-    recipe = made if isinstance(made, Recipe) else made(preset, ipc)
+    try:
+        recipe = made if isinstance(made, Recipe) else made(preset, ipc)
+    except TypeError as error:
+        raise PotstillError(f"method '{name}' is no function of preset and images per class ({error})") from error
     if not isinstance(recipe, Recipe):
         raise PotstillError(f"method '{name}' is no recipe but {type(recipe).__name__}")
     return recipe

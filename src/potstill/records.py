@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import PotstillError, Stopped
+from .errors import PotstillError, Unwritable
 
 FORMAT = 1
 
@@ -21,7 +21,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that at any moment, also after a crash, it holds the old content or the new one, whole.
 
     Raises:
-        Stopped: The disk is full or the folder cannot be written to; the old file is untouched.
+        Unwritable: The disk is full or the folder cannot be written to; the old file is untouched.
     """
     name = ""
     try:
@@ -33,7 +33,7 @@ def write_whole(path: Path, content: bytes) -> None:
         os.chmod(name, 0o644)
         os.replace(name, path)
     except OSError as error:
-        raise Stopped(
+        raise Unwritable(
             f"{path.name} cannot be written in {path.parent} ({error.strerror}); what was there is untouched"
         ) from error
     finally:
@@ -64,7 +64,7 @@ def write_folder(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
     Raises:
         PotstillError: There is something at the path.
-        Stopped: The disk is full or the folder cannot be written; nothing is there.
+        Unwritable: The disk is full or the folder cannot be written; nothing is there.
     """
     check_free(path)
     draft: Path | None = None
@@ -77,7 +77,9 @@ def write_folder(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
         os.chmod(draft, 0o755)
         os.replace(draft, path)  # refused by the system where the folder has been filled meanwhile
     except OSError as error:
-        raise Stopped(f"{path.name} cannot be written in {path.parent} ({error.strerror}); nothing is left") from error
+        raise Unwritable(
+            f"{path.name} cannot be written in {path.parent} ({error.strerror}); nothing is left"
+        ) from error
     finally:
         if draft is not None and draft.exists():
             shutil.rmtree(draft, ignore_errors=True)

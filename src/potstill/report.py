@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from potstill.errors import PotstillError
+from potstill.records import write_whole
 
 _WIDTH = 1600  # a grid is at most about this wide, in pixels
 
@@ -110,8 +110,8 @@ def write_run_report(
         for row, member in zip(table, members, strict=True):
             row[: len(member)] = images[member]
         picture = grid(table.reshape(-1, *images.shape[1:]), rows=len(members) if most > 1 else None, labels=names)
-        _write(folder / "grid.png", png_bytes(picture))
-    _write(folder / "report.html", page.encode())
+        write_whole(folder / "grid.png", png_bytes(picture))
+    write_whole(folder / "report.html", page.encode())
 
 
 def run_page(
@@ -235,6 +235,8 @@ def _spread(row: Record) -> tuple[float, float]:
 def _count(record: Record, row: Record) -> int | None:
     """How many training samples a result stands on."""
     data, ipc = record.get("data") or {}, row.get("ipc")
+    if row.get("images"):
+        return row["images"]
     if row.get("method") == "whole":
         return data.get("train")
     return sum(ipc) if isinstance(ipc, list) else ipc * data["classes"] if ipc and "classes" in data else None
@@ -288,13 +290,3 @@ def _fit(text: str, font: Any, width: float) -> str:
     """The beginning of a text that fits into a width, in pixels."""
     cuts = (text[:k] + "…" * (k < len(text)) for k in range(len(text), 0, -1))
     return next((cut for cut in cuts if font.getlength(cut) <= width), "")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace a file in one go: a reader sees the old bytes or the new ones."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(content)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
