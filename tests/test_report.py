@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import base64
 import copy
+import errno
 import html
 import io
+import os
 import re
 import shutil
 import subprocess
