@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from potstill.functional import OPTIMISERS, SGD, Adam, Key, cast, detach, leaves, to, tree_map
+from potstill.functional import OPTIMISERS, SGD, Adam, Key, Lamb, cast, detach, leaves, to, tree_map
 
 OPTIMISER_CASES = [
     (SGD(lr=0.1), torch.optim.SGD, {"lr": 0.1}),
@@ -92,8 +92,35 @@ def test_a_step_is_differentiable_in_its_learning_rate(optimiser):
     torch.testing.assert_close(torch.func.grad(after)(lr), numeric, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lamb_is_algorithm_2_of_its_paper(decay):
+    """m, v, their corrections, r = m/(sqrt(v)+eps) + decay x, and a step of lr |x|/|r| along r: in NumPy, tensor by tensor."""
+    ours = Lamb(lr=0.02, beta1=0.8, beta2=0.95, weight_decay=decay)
+    x = cast(params(), torch.float64)
+    theirs = {k: v.numpy().copy() for k, v in x.items()}
+    m, v = ({k: np.zeros_like(a) for k, a in theirs.items()} for _ in range(2))
+    state = ours.init(x)
+    for t in range(1, 6):
+        grads = {k: Key(7).fold(k, t).normal(*p.shape).double() for k, p in x.items()}
+        x, state = ours.update(x, grads, state)
+        for k, g in grads.items():
+            g = g.numpy()
+            m[k] = 0.8 * m[k] + 0.2 * g
+            v[k] = 0.95 * v[k] + 0.05 * g**2
+            r = m[k] / (1 - 0.8**t) / (np.sqrt(v[k] / (1 - 0.95**t)) + 1e-6) + decay * theirs[k]
+            theirs[k] = theirs[k] - 0.02 * np.linalg.norm(theirs[k]) / np.linalg.norm(r) * r
+    for k, p in x.items():
+        np.testing.assert_allclose(p.numpy(), theirs[k], rtol=1e-10)
+
+
+def test_lamb_moves_zeros_too():
+    """A tensor of zeros has no size to scale to, and takes the direction as it is."""
+    moved, _ = Lamb(lr=0.1).update({"a": torch.zeros(3)}, {"a": torch.ones(3)}, Lamb().init({"a": torch.zeros(3)}))
+    assert torch.allclose(moved["a"], torch.full((3,), -0.1), atol=1e-5)
+
+
 def test_optimisers_by_name():
-    assert OPTIMISERS["sgd"] is SGD and OPTIMISERS["adam"] is Adam and len(OPTIMISERS) == 2
+    assert OPTIMISERS["sgd"] is SGD and OPTIMISERS["adam"] is Adam and OPTIMISERS["lamb"] is Lamb
     assert SGD().init(params()) == {}
 
 

@@ -9,29 +9,37 @@ from potstill import recipe as recipes
 from potstill.augment import Augment
 from potstill.errors import PotstillError
 from potstill.methods import CITATIONS, METHODS, PRESETS, cite
+from potstill.objectives import Unroll
 from potstill.testing import CHECKS, check_method, toy
 
 LEARNING = [name for name, make in METHODS.items() if make("paper").objective is not None]
 
 
+def small(recipe, network):
+    """The recipe on a small network, where it walks, with three steps."""
+    settings = {"network": network, "student": recipe.student if recipe.student == "kernel" else network}
+    if isinstance(recipe.objective, Unroll):
+        settings["objective.steps"] = 3
+    return recipes.change(recipe, settings)
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("method", LEARNING)
 def test_contract(method, check):
-    recipe = recipes.change(METHODS[method]("paper"), {"network": "convnet-w8", "student": "convnet-w8"})
-    check(recipe, toy())
+    check(small(METHODS[method]("paper"), "convnet-w8"), toy())
 
 
 @pytest.mark.parametrize("method", LEARNING)
 @pytest.mark.parametrize("network", ["convnet-batch-w8", "convnet-none-w8", "mlp-w16"])
 def test_contract_on_other_networks(method, network):
-    check_method(METHODS[method]("small"), network=network)
+    check_method(small(METHODS[method]("small"), network))
 
 
 @pytest.mark.parametrize("method", LEARNING)
 def test_contract_on_other_shapes(method):
-    check_method(METHODS[method]("paper"), toy(shape=(3, 6, 10), sizes=(8, 5)), "convnet-w4")
+    check_method(small(METHODS[method]("paper"), "convnet-w4"), toy(shape=(3, 6, 10), sizes=(8, 5)))
     plain = dataclasses.replace(METHODS[method]("paper"), augment=Augment())
-    check_method(plain, toy(shape=(9,)), "mlp-w16")
+    check_method(small(plain, "mlp-w16"), toy(shape=(9,)))
 
 
 @pytest.mark.parametrize("method", METHODS)

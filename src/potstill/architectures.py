@@ -16,7 +16,15 @@ from torch import Tensor
 from .errors import PotstillError
 from .layers import FLATTEN, RELU, Apply, Chain, Conv, Layer, Linear, Norm, Residual, pool, spread
 
-WIDTHS = {"convnet": 128, "mlp": 128, "lenet": 6, "alexnet": 128, "vgg11": 64, "resnet18": 64}  # as published
+WIDTHS = {
+    "convnet": 128,
+    "widenet": 128,
+    "mlp": 128,
+    "lenet": 6,
+    "alexnet": 128,
+    "vgg11": 64,
+    "resnet18": 64,
+}  # as published
 
 
 class Architecture(NamedTuple):
@@ -49,30 +57,54 @@ def convnet(
 
     Reference: Gidaris and Komodakis 2018; used as here by Zhao, Mopuri and Bilen 2021 (DC).
     """
+    return _blocks("convnet", "instance", 1, shape, outputs, norm, width, depth)
+
+
+def widenet(
+    shape: tuple[int, ...], outputs: int, norm: str | None, width: int | None, depth: int | None
+) -> Architecture:
+    """The ConvNet with twice the width in each further block, 128, 256 and 512 at depth 3; no norm.
+
+    Reference: as used by Zhou, Nezhadarya and Ba 2022 (FRePo).
+    """
+    return _blocks("widenet", "none", 2, shape, outputs, norm, width, depth)
+
+
+def _blocks(
+    kind: str,
+    plain: str,
+    growth: int,
+    shape: tuple[int, ...],
+    outputs: int,
+    norm: str | None,
+    width: int | None,
+    depth: int | None,
+) -> Architecture:
     if len(shape) != 3:
-        raise PotstillError(f"network 'convnet' needs images (channels, height, width), not shape {shape}; try 'mlp'")
-    norm, width = norm or "instance", width or 128
+        raise PotstillError(f"network '{kind}' needs images (channels, height, width), not shape {shape}; try 'mlp'")
+    norm, width = norm or plain, width or WIDTHS[kind]
     channels, *sides = shape
     most = int(math.log2(min(sides)))  # every normalised map is then at least 2 x 2: on 1 x 1 instance norm gives 0
     if most < 1:
-        raise PotstillError(f"network 'convnet' needs at least 2 x 2 pixels, not {sides[0]} x {sides[1]}; try 'mlp'")
+        raise PotstillError(f"network '{kind}' needs at least 2 x 2 pixels, not {sides[0]} x {sides[1]}; try 'mlp'")
     # by default the features, too, are at least 2 x 2: an instance norm just before a pool to 1 x 1 leaves next to nothing
     usual = min(max(3, math.ceil(math.log2(max(sides))) - 2), max(1, most - 1))
     if depth is not None and depth > most:
-        raise PotstillError(f"convnet depth {depth} is too deep for {sides[0]} x {sides[1]} pixels; at most {most}")
+        raise PotstillError(f"{kind} depth {depth} is too deep for {sides[0]} x {sides[1]} pixels; at most {most}")
     depth = usual if depth is None else depth
     missing = [-side % 2**depth for side in sides]
     layers: list[tuple[str, Layer]] = []
     for i in range(depth):
         high, wide = missing if i == 0 else (0, 0)
         pad = (1 + wide // 2, 1 + wide - wide // 2, 1 + high // 2, 1 + high - high // 2)
-        layers.append((f"conv{i}", Conv(channels if i == 0 else width, width, pad=pad)))
+        before, channels = channels, width * growth**i
+        layers.append((f"conv{i}", Conv(before, channels, pad=pad)))
         if norm != "none":
-            layers.append((f"norm{i}", Norm(norm, width)))
+            layers.append((f"norm{i}", Norm(norm, channels)))
         layers += [(f"relu{i}", RELU), (f"pool{i}", Apply(pool))]
-    features = width * math.prod((side + more) // 2**depth for side, more in zip(sides, missing, strict=True))
+    features = channels * math.prod((side + more) // 2**depth for side, more in zip(sides, missing, strict=True))
     layers += [("flatten", FLATTEN), ("head", Linear(features, outputs))]
-    name = canonical("convnet", ("", norm, "instance"), ("w", width, 128), ("d", depth, usual))
+    name = canonical(kind, ("", norm, plain), ("w", width, WIDTHS[kind]), ("d", depth, usual))
     return Architecture(name, tuple(layers))
 
 
@@ -293,6 +325,7 @@ def resnet18(
 
 NETWORKS: dict[str, Builder] = {
     "convnet": convnet,
+    "widenet": widenet,
     "mlp": mlp,
     "lenet": lenet,
     "alexnet": alexnet,

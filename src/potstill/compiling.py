@@ -113,6 +113,22 @@ def check_device(device: str) -> str:
     return device
 
 
+class Graphs:
+    """Compiled forms of the pieces of something too large for one graph, each made once under its name.
+
+    Args:
+        on: Whether anything is compiled.
+    """
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
+        self.made: dict[str, Callable[..., Any]] = {}
+
+    def __call__(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The form made first under this name: later functions of the same name must be the same function."""
+        return self.made.setdefault(name, compiled(function, True)) if self.on else function
+
+
 def compiled(function: Callable[..., Any], on: bool) -> Callable[..., Any]:
     """The function as one static graph, or as it is."""
     return torch.compile(function, fullgraph=True, dynamic=False) if on else function

@@ -29,9 +29,16 @@ __all__ = ["Classification", "Data", "Split", "Standardise", "first_line", "load
 
 @dataclass(frozen=True)
 class Classification:
-    """Naming one of several classes: cross-entropy is the loss, accuracy in [0, 1] the score."""
+    """Naming one of several classes; accuracy in [0, 1] is the score.
+
+    Args:
+        classes: How many.
+        fit: The loss: `cross-entropy` of logits against classes or probabilities, or `squared`: half the squared distance
+            of outputs to centred labels.
+    """
 
     classes: int
+    fit: str = "cross-entropy"
 
     metric = "accuracy"
 
@@ -41,8 +48,17 @@ class Classification:
         return self.classes
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of logits (N, C) against classes (N,) or probabilities (N, C)."""
+        """Mean loss of logits (N, C) against classes (N,), probabilities (N, C) or, squared, centred labels (N, C)."""
+        if self.fit == "squared":
+            return 0.5 * (logits - self.centred(labels)).square().sum(1).mean()
         return F.cross_entropy(logits, labels)
+
+    def centred(self, labels: Tensor) -> Tensor:
+        """Classes (N,) as one-hot rows less their mean 1/C; rows (N, C) stay as they are."""
+        if labels.is_floating_point():
+            return labels
+        hot = labels[..., None] == torch.arange(self.classes, device=labels.device)  # one_hot does not run under vmap
+        return hot.float() - 1 / self.classes
 
     def score(self, logits: Tensor, labels: Tensor) -> float:
         """Accuracy of logits (N, C) against classes (N,)."""

@@ -27,10 +27,12 @@ from .exchange import DistilledSet, load
 from .foreign import is_foreign
 from .foreign import read as read_foreign
 from .functional import Key
+from .infinite import kernel
 from .loaders import load_named
 from .measure import peak_bytes, reset_peak
 from .networks import network
 from .records import cache, digest, write_json
+from .students import KERNEL, Ridge, Walker, is_kernel, labels_for, own_kernel
 from .synthetic import counts_per_group, pick, pick_random
 from .teacher import School, seconds_of_labels, soften
 from .training import PROTOCOLS, Protocol, Trainer
@@ -108,21 +110,33 @@ class Judge:
         sets: Sequence[tuple[Tensor, Tensor]],
         prepare: Callable[[Tensor], Tensor],
         net_name: str,
+        asks: DistilledSet | None = None,
         varied: bool = False,
+        labels: str = "hard",
     ) -> Result:
-        """Scores on the test data of networks trained on the given sets, one each."""
-        net = network(net_name, self.data.shape, self.data.task.outputs)
-        precision = choose_precision(self.precision, self.device, net)
-        net = net.at(PRECISIONS[precision])
-        fitted = replace(self.protocol, augment=fitting(self.protocol.augment, self.data.mirror, self.data.shape))
-        samples = len(sets[0][0])
-        work = Trainer(net, fitted, self.data.task, False, "cpu").flops(samples) * len(sets)
-        on, _ = choose_compile(self.compile, work / EAGER_FLOPS, self.device)
-        trainer = Trainer(net, fitted, self.data.task, on, self.device)
-        epochs, each = fitted.plan(samples)
+        """Scores on the test data of students fitted to the given sets, one each.
+
+        Args:
+            name: Of the set, in the result.
+            method: Of the set, in the result.
+            ipc: Of the set, in the result.
+            sets: Inputs (M, *shape) prepared and labels, for each student.
+            prepare: Raw inputs to what the students see.
+            net_name: The student.
+            asks: The set whose learned rates, steps or kernel are used where the protocol or the student calls for them.
+            varied: Whether each student has a set of its own.
+            labels: Convention of the labels.
+        """
+        protocol = self.resolved(asks)
+        if is_kernel(net_name) and not varied:
+            sets = sets[:1]  # nothing is random
+        sets = [(x, labels_for(protocol.fit, y, labels)) for x, y in sets]
+        samples, work = len(sets[0][0]), self.student(net_name, protocol, asks, labels, False)
+        on, _ = choose_compile(self.compile, work.flops(samples) * len(sets) / EAGER_FLOPS, self.device)
+        trainer = self.student(net_name, protocol, asks, labels, on)
         reset_peak(self.device)
         start = time.perf_counter()
-        bar = self.bar(len(sets) * epochs * each, f"{name} on {net.name}", 0) if self.bar else None
+        bar = self.bar(len(sets) * trainer.steps(samples), f"{name} on {trainer.name}", 0) if self.bar else None
         keys = [Key(self.seed).fold("evaluate", r) for r in range(len(sets))]
         states = trainer.fit(sets, keys, bar.update if bar is not None else lambda n: None)
         scores = [trainer.score(s, self.data.test.inputs, self.data.test.labels, prepare) for s in states]
@@ -134,7 +148,7 @@ class Judge:
             method=method,
             dataset=self.data.name,
             ipc=ipc,
-            network=net.name,
+            network=trainer.name,
             protocol=self.protocol.name,
             protocol_hash=self.protocol.hash,
             repeats=len(scores),
@@ -146,18 +160,46 @@ class Judge:
             images=samples,
             seed=self.seed,
             compile="on" if on else "off",
-            precision=precision,
+            precision=self.precision_of(net_name),
             seconds=round(time.perf_counter() - start, 3),
             peak_bytes=peak_bytes(self.device),
             input_bytes=sets[0][0].nbytes,
             label_bytes=sets[0][1].nbytes,
-            labels="hard" if sets[0][1].ndim == 1 else "soft",
+            labels=labels,
         )
 
     def set(self, set_: DistilledSet, name: str, net_name: str) -> Result:
         """The set's own number."""
-        pair = (set_.inputs, set_.labels)
-        return self.judge(name, set_.meta.method, _ipc(set_), [pair] * self.repeats, set_.transform, net_name)
+        sets, kind = [(set_.inputs, set_.labels)] * self.repeats, set_.meta.labels
+        return self.judge(name, set_.meta.method, _ipc(set_), sets, set_.transform, net_name, asks=set_, labels=kind)
+
+    def resolved(self, asks: DistilledSet | None) -> Protocol:
+        """The protocol for this data: without augmentation that they do not bear, with the rate that a set has learned."""
+        protocol = replace(self.protocol, augment=fitting(self.protocol.augment, self.data.mirror, self.data.shape))
+        if protocol.lr or asks is None or asks.lr is None:
+            return protocol
+        return replace(protocol, lr=float(asks.lr.mean()))
+
+    def precision_of(self, net_name: str) -> str:
+        """The precision in which a student computes."""
+        if is_kernel(net_name):
+            return "fp64"
+        net = network(net_name, self.data.shape, self.data.task.outputs)
+        return choose_precision(self.precision, self.device, net)
+
+    def student(
+        self, net_name: str, protocol: Protocol, asks: DistilledSet | None, labels: str, compile: bool
+    ) -> Trainer | Walker | Ridge:
+        """Who learns."""
+        task = replace(self.data.task, fit="squared" if labels == "centred" else "cross-entropy")
+        if is_kernel(net_name):
+            usual, ridge = own_kernel(asks)
+            return Ridge(usual if net_name == KERNEL else net_name, ridge, task)
+        precision = PRECISIONS[self.precision_of(net_name)]
+        net = network(net_name, self.data.shape, self.data.task.outputs).at(precision)
+        if protocol.name == "unrolled":
+            return Walker(net, task, asks, labels, compile, self.device)
+        return Trainer(net, protocol, task, compile, self.device)
 
     def random(self, set_: DistilledSet, net_name: str) -> Result:
         """As many real samples of each class, drawn anew for each network."""
@@ -165,14 +207,14 @@ class Judge:
         picks = [pick_random(self.data, counts, Key(self.seed).fold("random", r)) for r in range(self.repeats)]
         train = self.data.train
         sets = [(self.data.prepare(train.inputs[p]), train.labels[p]) for p in picks]
-        return self.judge("random real", "random", _ipc(set_), sets, self.data.prepare, net_name, varied=True)
+        return self.judge("random real", "random", _ipc(set_), sets, self.data.prepare, net_name, set_, varied=True)
 
     def k_means(self, set_: DistilledSet, net_name: str) -> Result:
         """As many real samples of each class, those nearest to the centres of k-means on pixels; one set."""
         index = pick(self.data, set_.meta.ipc, "k-means", Key(self.seed).fold("k-means"))
         pair = (self.data.prepare(self.data.train.inputs[index]), self.data.train.labels[index])
         sets = [pair] * self.repeats
-        return self.judge("k-means real", "k-means", _ipc(set_), sets, self.data.prepare, net_name)
+        return self.judge("k-means real", "k-means", _ipc(set_), sets, self.data.prepare, net_name, set_)
 
     def random_soft(self, set_: DistilledSet, net_name: str, affordable: float | None = None) -> Result | None:
         """As many real samples of each class, drawn anew for each network, with soft labels by a teacher.
@@ -186,12 +228,14 @@ class Judge:
             affordable: Not run, and `None` returned, where it would take longer than so many seconds.
         """
         data, counts = self.data.hold_out(HOLDOUT), set_.meta.ipc
+        if is_kernel(net_name):
+            self.say("random with soft labels: not measured, its teacher is the student, and a kernel is no teacher")
+            return None
         if any(count > most for count, most in zip(counts, data.counts.tolist(), strict=True)):
             self.say("random with soft labels: not measured, a class has too few samples beside those held out")
             return None
         school = School(data, self.seed, self.device, self.compile, self.precision, self.say, self.bar)
-        fitted = replace(self.protocol, augment=fitting(self.protocol.augment, data.mirror, data.shape))
-        work = Trainer(school.network(net_name), fitted, data.task, False, "cpu").flops(len(set_)) * self.repeats
+        work = self.student(net_name, self.resolved(set_), set_, "soft", False).flops(len(set_)) * self.repeats
         seconds = school.seconds(net_name) + seconds_of_labels(data, net_name, len(set_)) + work / EAGER_FLOPS
         if affordable is not None and seconds > affordable:
             self.say(
@@ -206,7 +250,9 @@ class Judge:
         self.say(first.words)
         sets = [(x, soften(teacher.logits(x), first.temperature)) for x in inputs]
         name = "random real, soft labels"
-        result = self.judge(name, "random-soft", _ipc(set_), sets, data.prepare, net_name, varied=True)
+        result = self.judge(
+            name, "random-soft", _ipc(set_), sets, data.prepare, net_name, set_, varied=True, labels="soft"
+        )
         return replace(result, temperature=first.temperature)
 
     def whole(self, net_name: str, affordable: float | None = None) -> Result | None:
@@ -216,6 +262,9 @@ class Judge:
             net_name: The network.
             affordable: Not run, and `None` returned, where it would take longer than so many seconds.
         """
+        if is_kernel(net_name):
+            self.say("whole set: not measured, its Gram matrix is too large for a solve")
+            return None
         whole = replace(self, protocol=PROTOCOLS["whole"])
         net = network(net_name, self.data.shape, self.data.task.outputs)
         train = self.data.train
@@ -364,12 +413,15 @@ def evaluate(
         if source.fingerprint != set_.meta.fingerprint:
             say(f"note: {name} was made from other data than {source.name} as it is here")
         names = list(networks) or [asked_by(set_, name)]
-        for n in dict.fromkeys(names):
+        for n in filter(is_kernel, names):
+            _ = KERNEL if n == KERNEL else kernel(n)
+        for n in dict.fromkeys(n for n in names if not is_kernel(n)):
             for note in network(n, source.shape, source.task.outputs).notes:
                 say(note)
-        judge = Judge(
-            source, protocol_of(protocol or set_.meta.protocol), repeats, seed, device, compile, precision, say, bar
-        )
+        asked = protocol_of(protocol or set_.meta.protocol)
+        judge = Judge(source, asked, repeats, seed, device, compile, precision, say, bar)
+        for n in names:
+            judge.student(n, judge.resolved(set_), set_, set_.meta.labels, False)
         work.append((set_, name, names, judge))
     results = []
     for set_, name, names, judge in work:

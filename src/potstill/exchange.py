@@ -36,7 +36,7 @@ class Meta:
         fingerprint: Of that data.
         class_names: One per class.
         ipc: Images of each class.
-        labels: Convention of the labels: `hard` (class numbers) or `soft` (probabilities).
+        labels: Convention of the labels: `hard` (classes), `soft` (probabilities) or `centred` (around 0, for squared losses).
         transform: Its name and numbers, a whitening matrix by its hash; inputs are stored transformed, unclamped.
         scale: Divisor of raw inputs to unit scale.
         limits: What 0 and 1 of a picture mean in unit scale.
@@ -74,8 +74,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
     Attributes:
         inputs: (M, *shape) float32, transformed, not clamped.
-        labels: (M,) int64 classes, or (M, C) probabilities.
-        lr: The learned learning rate, if the method learns one.
+        labels: (M,) int64 classes, or (M, C) probabilities or centred labels.
+        lr: The learning rates (1,) or (steps,) that go with it, where the method trains on it.
         meta: What the set says of itself.
         matrix: The whitening matrix (d, d), if the transform has one.
 
@@ -169,7 +169,7 @@ def describe_set(data: Data, recipe: Recipe, counts: list[int], seed: int, steps
         fingerprint=data.fingerprint,
         class_names=list(data.class_names),
         ipc=counts,
-        labels="hard",
+        labels={"logits": "soft", "centred": "centred"}.get(recipe.labels, "hard"),
         transform=describe(data.transform),
         scale=data.scale,
         limits=limits if limits[1] > limits[0] else [0.0, 1.0],

@@ -26,6 +26,7 @@ from .networks import network as build_network
 from .outcome import record_of, write
 from .recipe import Recipe, change, find
 from .still import Settings, Still, start_of
+from .students import is_kernel
 from .synthetic import Synthetic, counts_per_group, share
 from .teacher import School
 from .transforms import check_transform, matrix_of
@@ -93,7 +94,7 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
         settings["steps"] = ask.steps
     recipe = change(recipe, settings) if settings else recipe
     protocol_of(recipe.protocol)
-    for name in dict.fromkeys((recipe.network, recipe.student)):
+    for name in dict.fromkeys(n for n in (recipe.network, recipe.student) if not is_kernel(n)):
         for note in build_network(name, data.shape, data.task.outputs).notes:
             say(note)
     fitted = fitting(recipe.augment, data.mirror, data.shape)

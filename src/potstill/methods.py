@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from .augment import Augment
 from .errors import PotstillError
-from .functional import SGD
-from .objectives import DistributionMatching, GradientMatching
+from .functional import SGD, Adam, Lamb
+from .objectives import DistributionMatching, GradientMatching, KernelRidge, Unrolled
 from .recipe import Recipe
-from .sources import Pool
+from .sources import Pool, Source
 
 DSA = Augment(ops=("color", "crop", "cutout", "flip", "scale", "rotate"))
 
@@ -67,6 +67,77 @@ def dsa(preset: str = "paper", ipc: int = 1) -> Recipe:
     return replace(dc(preset, ipc), method="dsa", init="real", augment=DSA, protocol="dsa")
 
 
+def dd(preset: str = "paper", ipc: int = 1) -> Recipe:
+    """Dataset distillation (Wang, Zhu, Torralba and Efros 2018), with the published review's momentum in the inner steps.
+
+    `paper`: thirty steps, each on the next image of every class, with a learned rate each. `small`: all images in each of
+    twenty steps, one rate, on a narrow network.
+    """
+    small = preset == "small"
+    return Recipe(
+        method="dd",
+        preset=preset,
+        objective=Unrolled(steps=20, rate=0.02, momentum=0.9, real=512)
+        if small
+        else Unrolled(steps=30, rate=0.02, rates="each", momentum=0.9, feed="sequence", real=1024),
+        source=Pool(size=1, lifetime=1),
+        learn=("inputs", "lr"),
+        init="real" if small else "noise",
+        optimiser={"inputs": Adam(lr=0.01, beta1=0.5), "lr": Adam(lr=0.01, beta1=0.5)},
+        final=0.1,
+        steps=200 if small else 23_600,
+        network="convnet-w64" if small else "convnet",
+        student="convnet-w64" if small else "convnet",
+        protocol="unrolled",
+    )
+
+
+def kip(preset: str = "paper", ipc: int = 1) -> Recipe:
+    """Kernel inducing points (Nguyen, Chen and Lee 2021, ICLR), with the tangent kernel of one hidden layer.
+
+    `paper`: 5,000 real samples a step. `small`: 2,000, and labels learned with the images.
+    """
+    small = preset == "small"
+    return Recipe(
+        method="kip",
+        preset=preset,
+        objective=KernelRidge(kernel="ntk-dense-d1", real=2000 if small else 5000),
+        source=Source(),
+        learn=("inputs", "labels") if small else ("inputs",),
+        init="real",
+        labels="centred",
+        optimiser={"inputs": Adam(lr=0.04), "labels": Adam(lr=0.01)} if small else {"inputs": Adam(lr=0.04)},
+        steps=500 if small else 10_000,
+        student="kernel",
+        protocol="kip",
+    )
+
+
+def frepo(preset: str = "paper", ipc: int = 1) -> Recipe:
+    """Neural feature regression with a pool of networks (Zhou, Nezhadarya and Ba 2022, NeurIPS).
+
+    `paper`: 1,024 real samples a step and LAMB. `small`: 256, half the width and Adam at ten times the rate.
+    """
+    small = preset == "small"
+    rule = Adam(lr=3e-3) if small else Lamb(lr=3e-4)
+    network = "widenet-w64" if small else "widenet"
+    return Recipe(
+        method="frepo",
+        preset=preset,
+        objective=KernelRidge(real=256 if small else 1024, margin=True),
+        source=Pool(size=10, lifetime=100, epochs=1, limit=1, rule="adam", lr=3e-4, batch=1000),
+        learn=("inputs", "labels"),
+        init="real",
+        labels="centred",
+        optimiser={"inputs": rule, "labels": rule},
+        final=0.1,
+        steps=500 if small else 500_000,
+        network=network,
+        student=network,
+        protocol="frepo",
+    )
+
+
 def random(preset: str = "paper", ipc: int = 1) -> Recipe:
     """Random real samples: the baseline that every set is held against. No steps."""
     return Recipe(method="random", preset=preset, looks=0)
@@ -99,8 +170,11 @@ def random_soft(preset: str = "paper", ipc: int = 1) -> Recipe:
 
 METHODS: dict[str, Callable[[str, int], Recipe]] = {
     "dc": dc,
+    "dd": dd,
     "dm": dm,
     "dsa": dsa,
+    "frepo": frepo,
+    "kip": kip,
     "random": random,
     "random-soft": random_soft,
     "herding": herding,
@@ -115,6 +189,11 @@ CITATIONS: dict[str, str] = {
     "dc": "Bo Zhao, Konda Reddy Mopuri and Hakan Bilen. Dataset Condensation with Gradient Matching. ICLR 2021. arXiv:2006.05929",
     "dsa": "Bo Zhao and Hakan Bilen. Dataset Condensation with Differentiable Siamese Augmentation. ICML 2021. arXiv:2102.08259",
     "dm": "Bo Zhao and Hakan Bilen. Dataset Condensation with Distribution Matching. WACV 2023. arXiv:2110.04181",
+    "dd": "Tongzhou Wang, Jun-Yan Zhu, Antonio Torralba and Alexei A. Efros. Dataset Distillation. 2018. arXiv:1811.10959",
+    "kip": "Timothy Nguyen, Zhourong Chen and Jaehoon Lee. Dataset Meta-Learning from Kernel Ridge-Regression. ICLR 2021. "
+    "arXiv:2011.00050",
+    "frepo": "Yongchao Zhou, Ehsan Nezhadarya and Jimmy Ba. Dataset Distillation using Neural Feature Regression. NeurIPS 2022. "
+    "arXiv:2206.00719",
     "herding": "Max Welling. Herding Dynamical Weights to Learn. ICML 2009. doi:10.1145/1553374.1553517",
     "k-center": "Ozan Sener and Silvio Savarese. Active Learning for Convolutional Neural Networks: A Core-Set Approach. "
     "ICLR 2018. arXiv:1708.00489",

@@ -23,7 +23,7 @@ from .augment import Augment
 from .errors import PotstillError, unknown
 from .functional import OPTIMISERS, Optimiser
 from .objectives import OBJECTIVES, Objective
-from .sources import SOURCES, Pool
+from .sources import SOURCES, Source
 from .synthetic import INITIALISERS, SELECTORS
 
 
@@ -40,9 +40,11 @@ class Recipe:
         init: How S starts.
         space: Where an `init` that chooses among training samples compares them: `pixels` (standardised), `features`
             (of `network`, trained by protocol `whole` on the training data) or `random-features` (of `network`, fresh).
-        labels: `hard`, or `soft`: probabilities by `student`, trained by protocol `whole`; for coresets only.
+        labels: `hard`; `soft`: probabilities by `student`, trained by protocol `whole`, for coresets only; `logits`, which
+            are learned and stored as probabilities; `centred`: around 0, for squared losses, learned or not.
         augment: One augmentation for objective and source.
         optimiser: One per learned part.
+        final: Share of the learning rates of `optimiser` that is left at the end of the run, reached along a cosine.
         steps: Steps of a run that names neither steps nor minutes.
         looks: Looks at held-out accuracy during the run.
         network: What S is learned with.
@@ -53,13 +55,14 @@ class Recipe:
     method: str
     preset: str
     objective: Objective | None = None
-    source: Pool | None = None
+    source: Source | None = None
     learn: tuple[str, ...] = ()
     init: str = "real"
     space: str = "pixels"
     labels: str = "hard"
     augment: Augment = Augment()
     optimiser: Mapping[str, Optimiser] = field(default_factory=dict)
+    final: float = 1.0
     steps: int = 0
     looks: int = 4
     network: str = "convnet"
@@ -77,6 +80,10 @@ class Recipe:
             raise unknown("kind of labels", self.labels, LABELS)
         if self.labels == "soft" and self.objective is not None:
             raise PotstillError(f"labels = soft is for coresets; method '{self.method}' has an objective")
+        if self.labels == "hard" and "labels" in self.learn:
+            raise PotstillError("recipe: labels that are learned are no classes; set labels to logits or centred")
+        if not 0 <= self.final <= 1:
+            raise PotstillError(f"recipe: final = {self.final:g} is not within 0 ... 1")
         for part in self.learn:
             if part not in LEARNABLE:
                 raise unknown("learnable part of S", part, LEARNABLE)
@@ -87,7 +94,13 @@ class Recipe:
         if self.objective is not None:
             if not self.learn:
                 raise PotstillError("recipe: nothing is learned; learn needs at least one of " + ", ".join(LEARNABLE))
-            _ = self.objective.needs  # its sizes are checked
+            if "lr" in self.learn and self.objective.start_rates() is None:
+                raise PotstillError(
+                    "recipe: this objective does not train on S and has no learning rates to learn; take 'lr' out of learn"
+                )
+            if self.objective.needs.network != (type(self.source) is not Source):
+                wanted = "a source of networks" if self.objective.needs.network else "no networks: source.kind = none"
+                raise PotstillError(f"recipe: this objective needs {wanted}")
         for name in ("steps", "looks"):
             if not 0 <= getattr(self, name) <= 10**9:
                 raise PotstillError(f"recipe: {name} = {getattr(self, name)} is below 0 or above 1,000,000,000")
@@ -95,9 +108,9 @@ class Recipe:
             raise PotstillError(f"method '{self.method}' has no objective and takes 0 steps, not {self.steps}")
 
 
-LEARNABLE = ("inputs",)
+LEARNABLE = ("inputs", "labels", "lr")
 SPACES = ("pixels", "features", "random-features")
-LABELS = ("hard", "soft")
+LABELS = ("hard", "soft", "logits", "centred")
 _KINDS: dict[str, Mapping[str, type]] = {"objective": OBJECTIVES, "source": SOURCES}
 
 

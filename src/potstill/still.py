@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .compiling import PRECISIONS, compiled
-from .data import Data
+from .compiling import PRECISIONS, Graphs, compiled
+from .data import Classification, Data
 from .errors import PotstillError
 from .exchange import DistilledSet, describe_set
 from .functional import Key, Tree, to, tree_map
@@ -18,6 +19,7 @@ from .networks import narrow, network
 from .objectives import ByGroup, Net, Real, Sizes, Uniform
 from .recipe import Recipe, to_dict
 from .records import processor
+from .students import Ridge, Walker, is_kernel, own_kernel
 from .synthetic import Synthetic, initialise
 from .teacher import School
 from .training import LOOK, Trainer
@@ -70,7 +72,8 @@ class Settings:
 def start_of(school: School, recipe: Recipe, counts: list[int]) -> Synthetic:
     """S before the first step: samples of the school's data, compared in the recipe's space where it chooses them."""
     embed = school.embedding(recipe.space, recipe.network)
-    return initialise(school.data, counts, recipe.init, Key(school.seed).fold("init"), embed)
+    rates = recipe.objective.start_rates() if recipe.objective is not None else None
+    return initialise(school.data, counts, recipe.init, Key(school.seed).fold("init"), embed, recipe.labels, rates)
 
 
 class Still:
@@ -90,13 +93,15 @@ class Still:
             raise PotstillError(f"method '{recipe.method}' takes no steps")
         self.key = Key(settings.seed)
         self.network = network(recipe.network, data.shape, data.task.outputs).at(PRECISIONS[settings.precision])
-        self.objective = replace(recipe.objective, augment=recipe.augment)
+        self.task = task_of(data, recipe.labels)
+        graph = Graphs(settings.compile)
+        self.objective = replace(recipe.objective, augment=recipe.augment, task=self.task, graph=graph)
         self.source = recipe.source
         self.start = start or start_of(School(data, settings.seed, settings.device), recipe, settings.counts)
         self.members = [(data.train.groups == g).nonzero().flatten() for g in range(len(settings.counts))]
         self._target = compiled(self.objective.target, settings.compile)
-        self._gradient = compiled(self.gradient, settings.compile)
-        self._train = compiled(self.source.train_step(self.network, recipe.augment, data.task), settings.compile)
+        self._gradient = compiled(self.gradient, settings.compile and not self.objective.in_pieces)
+        self._train = compiled(self.source.train_step(self.network, recipe.augment, self.task), settings.compile)
 
     @property
     def device(self) -> str:
@@ -115,16 +120,18 @@ class Still:
 
     def fresh(self) -> Now:
         """The state before the first step."""
-        learned = to({k: self.start.learned[k] for k in self.settings.recipe.learn}, self.device)
+        everything = {**self.start.fixed, **self.start.learned}
+        learned = to({k: everything[k] for k in self.settings.recipe.learn}, self.device)
         slow = {k: self.settings.recipe.optimiser[k].init({k: v}) for k, v in learned.items()}
-        own = to(self.objective.init(self.data.task, self.start), self.device)
+        own = to(self.objective.init(self.task, self.start), self.device)
         return Now(learned, slow, own, self.source.init())
 
     def synthetic(self, learned: dict[str, Tensor]) -> Synthetic:
         """S with the given learned numbers, on the device."""
         s = self.start
         fixed = {k: v for k, v in {**s.fixed, **s.learned}.items() if k not in learned}
-        return Synthetic(learned, to(fixed, self.device), s.index.to(self.device), s.mask.to(self.device))
+        index, mask = s.index.to(self.device), s.mask.to(self.device)
+        return Synthetic(learned, to(fixed, self.device), index, mask, s.labels)
 
     def real(self, needs: ByGroup | Uniform | None, key: Key) -> Real | None:
         """A real batch, drawn without repetition within it."""
@@ -149,7 +156,7 @@ class Still:
         slot, net = self.source.fetch(
             self.network, now.pool, self.key.fold("source", step), step / max(self.settings.steps, 1)
         )
-        net = Net(net.network, to(net.state, self.device))
+        net = Net(net.network, *to(tuple(net)[1:], self.device))
         needs = self.objective.needs
         if needs.calibrate and net.network.mixes_samples:
             batch = self.real(ByGroup(needs.calibrate), self.key.fold("calibrate", step))
@@ -160,10 +167,9 @@ class Still:
 
     def target(self, net: Net, real: Real | None, draws: Tree) -> Tree:
         """The real side, a few groups at a time where the objective allows it."""
-        if real is None:
-            return None
         with torch.no_grad():
-            if not isinstance(self.objective.needs.real, ByGroup) or not self.objective.separable(net.network):
+            by_group = real is not None and isinstance(self.objective.needs.real, ByGroup)
+            if real is None or not by_group or not self.objective.separable(net.network):
                 return self._target(real, net, draws)
             groups, width = real.mask.shape
             each = max(c for c in range(1, groups + 1) if groups % c == 0 and (c == 1 or c * width <= CHUNK))
@@ -197,7 +203,8 @@ class Still:
         learned, slow = {}, {}
         for part, value in now.learned.items():
             optimiser = self.settings.recipe.optimiser[part]
-            after, slow[part] = optimiser.update({part: value}, {part: grads[part]}, now.slow[part])
+            rate = optimiser.lr * cosine(step / max(self.settings.steps, 1), self.settings.recipe.final)
+            after, slow[part] = optimiser.update({part: value}, {part: grads[part]}, now.slow[part], rate)
             learned.update(after)
         s, key = self.synthetic(learned), self.key.fold("advance", step)
         pool = self.source.advance(now.pool, slot, net, s, self._train, self.settings.recipe.augment, key)
@@ -208,22 +215,40 @@ class Still:
         s = self.synthetic(to(learned, self.device))
         inputs, labels = to(s.take(torch.arange(len(self.start), device=self.device)), "cpu")
         meta = describe_set(self.data, self.settings.recipe, self.settings.counts, self.settings.seed, step)
-        return DistilledSet(inputs.detach(), labels, meta, matrix=matrix_of(self.data.transform))
+        rates = to(s.rates, "cpu").detach() if "lr" in {**s.fixed, **s.learned} else None
+        return DistilledSet(inputs.detach(), labels.detach(), meta, rates, matrix_of(self.data.transform))
 
     def look(self, now: Now) -> dict[str, Any] | None:
         """Accuracy on held-out data of one narrow network trained shortly on S; nothing where nothing is held out."""
         held = self.data.heldout
         if not len(held):
             return None
-        student = narrow(self.settings.recipe.student)
-        net = network(student, self.data.shape, self.data.task.outputs)
+        student = self.settings.recipe.student
+        student = student if is_kernel(student) else narrow(student)
         set_ = self.set(now.learned, 0)
-        trainer = Trainer(net, LOOK, self.data.task, False, "cpu")
-        (state,) = trainer.fit([(set_.inputs, set_.labels)], [self.key.fold("look")], lambda n: None)
-        return {
-            "accuracy": round(trainer.score(state, held.inputs, held.labels, self.data.prepare), 6),
-            "network": student,
-        }
+        learner = self.look_student(student, set_)
+        (state,) = learner.fit([(set_.inputs, set_.labels)], [self.key.fold("look")], lambda n: None)
+        accuracy = learner.score(state, held.inputs, held.labels, self.data.prepare)
+        return {"accuracy": round(accuracy, 6), "network": learner.name}
+
+    def look_student(self, name: str, set_: DistilledSet) -> Trainer | Walker | Ridge:
+        """Who learns at a look: the kernel or the walk that the set asks for, else a narrow network, trained shortly."""
+        if is_kernel(name):
+            return Ridge(*own_kernel(set_), self.task)
+        net = network(name, self.data.shape, self.data.task.outputs)
+        if self.settings.recipe.protocol == "unrolled":
+            return Walker(net, self.task, set_, set_.meta.labels, False, "cpu")
+        return Trainer(net, replace(LOOK, fit=self.task.fit), self.task, False, "cpu")
+
+
+def task_of(data: Data, labels: str) -> Classification:
+    """The data's task with the loss that labels of this convention ask for."""
+    return replace(data.task, fit="squared" if labels == "centred" else "cross-entropy")
+
+
+def cosine(progress: float, final: float) -> float:
+    """A factor that falls from 1 at progress 0 to `final` at 1, along half a wave."""
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _rows(tree: Tree, start: int, stop: int) -> Tree:

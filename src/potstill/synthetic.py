@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,15 +22,19 @@ class Synthetic:
 
     Args:
         learned: What the loop changes: `inputs` (M, *shape), standardised, unclamped; where asked `labels` and `lr`.
-        fixed: What it does not: `labels` (M,) or (M, C), unless they are learned.
+        fixed: What it does not: `labels` (M,) or (M, C) and `lr`, the logarithm of learning rates (1,) or (steps,), unless
+            they are learned.
         index: (G, m) sample numbers of each group, padded by repetition where groups have different counts.
         mask: (G, m), 1 for a sample and 0 for padding.
+        labels: Their convention: `hard` (classes), `soft` (probabilities), `logits` (of which `take` gives probabilities) or
+            `centred` (targets of a squared loss, around 0).
     """
 
     learned: dict[str, Tensor]
     fixed: dict[str, Tensor]
     index: Int64[Tensor, "g m"]
     mask: Float[Tensor, "g m"]
+    labels: str = "hard"
 
     def at(self, learned: dict[str, Tensor]) -> Synthetic:
         """The same set with other learned numbers: what a gradient is taken through."""
@@ -37,15 +42,23 @@ class Synthetic:
 
     def take(self, index: Int64[Tensor, "*index"]) -> tuple[Float[Tensor, ...], Tensor]:
         """Inputs (..., *shape) and labels (..., [C]) of the samples with the given numbers (...)."""
-        labels = self.learned["labels"] if "labels" in self.learned else self.fixed["labels"]
-        return self.learned["inputs"][index], labels[index]
+        labels = self._part("labels")[index]
+        return self._part("inputs")[index], labels.softmax(-1) if self.labels == "logits" else labels
+
+    @property
+    def rates(self) -> Float[Tensor, steps]:
+        """Learning rates, positive: (1,) for all steps or (steps,)."""
+        return self._part("lr").exp()
+
+    def _part(self, name: str) -> Tensor:
+        return self.learned[name] if name in self.learned else self.fixed[name]
 
     def by_group(self) -> tuple[Float[Tensor, "g m *shape"], Float[Tensor, "g m"]]:
         """Inputs (G, m, *shape) and the mask (G, m) of every group."""
         return self.take(self.index)[0], self.mask
 
     def __len__(self) -> int:
-        return len(self.learned["inputs"])
+        return len(self._part("inputs"))
 
 
 def counts_per_group(ipc: int | list[int] | tuple[int, ...], available: Tensor) -> list[int]:
@@ -195,8 +208,30 @@ INITIALISERS: dict[str, Start] = {
 }
 
 
-def initialise(data: Data, counts: list[int], init: str, key: Key, embed: Embed | None = None) -> Synthetic:
-    """The set before its first step, with hard labels.
+SHARP = 5.0  # the logit of a sample's own class at the start: a probability of 0.94 among ten
+
+
+def first_labels(classes: Int64[Tensor, m], count: int, kind: str) -> Tensor:
+    """Labels of samples with the given classes (M,), in a convention: (M,) or (M, C).
+
+    Centred labels are one-hot rows less 1/C, divided by sqrt(C/10): so a row's length does not fall with the classes.
+
+    Reference: of that scale, Zhou, Nezhadarya and Ba 2022 (FRePo), in their code.
+    """
+    hot = torch.nn.functional.one_hot(classes, count).float()
+    return {"logits": SHARP * hot, "centred": (hot - 1 / count) / math.sqrt(count / 10)}.get(kind, classes)
+
+
+def initialise(
+    data: Data,
+    counts: list[int],
+    init: str,
+    key: Key,
+    embed: Embed | None = None,
+    kind: str = "hard",
+    rates: Tensor | None = None,
+) -> Synthetic:
+    """The set before its first step.
 
     Args:
         data: The training data, with what is held out taken away.
@@ -205,10 +240,13 @@ def initialise(data: Data, counts: list[int], init: str, key: Key, embed: Embed 
             training samples) or `k-means-centre` (centres, which are no training samples).
         key: Of this draw.
         embed: In which space training samples are chosen; standardised pixels if absent.
+        kind: Convention of the labels; a teacher's soft labels come later, and are hard here.
+        rates: Learning rates that the set carries.
     """
     if init not in INITIALISERS:
         raise unknown("initialiser", init, INITIALISERS)
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     index, mask = group_index(labels, len(counts))
     inputs = INITIALISERS[init](data, counts, key, embed or pixels(data))
-    return Synthetic({"inputs": inputs}, {"labels": labels}, index, mask)
+    fixed = {"labels": first_labels(labels, len(counts), kind), **({} if rates is None else {"lr": rates.log()})}
+    return Synthetic({"inputs": inputs}, fixed, index, mask, "hard" if kind == "soft" else kind)

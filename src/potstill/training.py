@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from torch import Tensor
 from .augment import Augment
 from .compiling import LARGE, compiled, sample_flops
 from .data import Classification
-from .functional import SGD, Key, Tree, tree_map
+from .errors import PotstillError
+from .functional import SGD, Adam, Key, Tree, tree_map
 from .methods import DSA
 from .networks import Network, State, blend
 from .records import digest
 
+Prepare = Callable[[Tensor], Tensor]  # raw inputs to what networks see
 MANY = 16  # small networks are trained side by side, so many at most
 
 
@@ -28,12 +31,17 @@ class Protocol:
         epochs: Passes over the set.
         steps: At least so many steps: more passes where the set is small.
         batch: Samples per step, all of them where the set is smaller.
-        lr: Learning rate of SGD.
+        lr: Learning rate; 0 for the one that the set has learned.
         momentum: Of SGD.
-        weight_decay: Of SGD.
-        schedule: `drop` (a tenth of the rate after half of the steps) or `cycle` (up to the rate over a fifth of the
-            steps, then down to nothing, both linear).
+        weight_decay: Added to the gradient, times the weights.
+        schedule: `drop` (a tenth of the rate after half of the steps), `cycle` (up to the rate over a fifth of the
+            steps, then down to nothing, both linear) or `warm` (up to the rate over 500 steps, half of them where there are
+            fewer than 1,000, then down to a hundredth along a cosine).
         augment: Drawn anew for every step; the operation per step, its parameters per sample.
+        rule: `sgd` or `adam`.
+        fit: The loss: `cross-entropy`, or `squared` for outputs near centred labels.
+        average: Decay of a running average of the weights, which is what is judged; 0 judges the last weights.
+        lengths: (samples, steps) in place of `steps`: for sets up to so many samples at least so many steps.
     """
 
     name: str
@@ -45,22 +53,37 @@ class Protocol:
     weight_decay: float = 5e-4
     schedule: str = "drop"
     augment: Augment = Augment()
+    rule: str = "sgd"
+    fit: str = "cross-entropy"
+    average: float = 0.0
+    lengths: tuple[tuple[int, int], ...] = ()
 
     @property
     def hash(self) -> str:
-        """Eight hexadecimal digits; two numbers may be compared where it is the same."""
-        return digest(asdict(self))
+        """Eight hexadecimal digits; two numbers may be compared where it is the same.
+
+        What protocols could not say at first counts only where it is said, so that older numbers keep theirs.
+        """
+        later = {f.name: f.default for f in fields(self) if f.name in ("rule", "fit", "average", "lengths")}
+        return digest({k: v for k, v in asdict(self).items() if k not in later or v != later[k]})
 
     def plan(self, samples: int) -> tuple[int, int]:
         """Epochs, and steps in each. A partial batch is kept where a set has few batches, left out elsewhere."""
         full, rest = divmod(samples, self.batch)
         each = full + (rest > 0) if full < 10 else full
-        return max(self.epochs, -(-self.steps // each)), each
+        enough = [steps for most, steps in self.lengths if samples <= most] or [s for _, s in self.lengths[-1:]]
+        return max(self.epochs, -(-max([self.steps, *enough[:1]]) // each)), each
 
     def rate(self, step: int, total: int) -> float:
         """Learning rate of a step."""
         if self.schedule == "drop":
             return self.lr if step < (total + 1) // 2 else 0.1 * self.lr
+        if self.schedule == "warm":
+            warm = min(500, total // 2)
+            if step < warm:
+                return self.lr * step / warm
+            fallen = 0.5 * (1 - math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+            return self.lr * (1 - 0.99 * fallen)
         rise = 0.2 * total
         return self.lr * min((step + 1) / rise, (total - step) / (total - rise))
 
@@ -70,6 +93,23 @@ PROTOCOLS: dict[str, Protocol] = {
     for p in (
         Protocol("dc", epochs=300),
         Protocol("dsa", epochs=1000, augment=DSA),
+        Protocol("mtt", epochs=1000, lr=0.0, augment=DSA),
+        Protocol(
+            "frepo",
+            epochs=0,
+            batch=500,
+            lr=3e-4,
+            momentum=0.0,
+            weight_decay=0.0,
+            schedule="warm",
+            augment=Augment(ops=("flip", "color", "crop", "rotate", "cutout"), mode="all"),
+            rule="adam",
+            fit="squared",
+            average=0.995,
+            lengths=((10, 1000), (100, 2000), (500, 5000), (1000, 10_000), (5000, 40_000)),
+        ),
+        Protocol("kip", epochs=0, steps=5000, batch=100, fit="squared", schedule="warm", weight_decay=1e-3, lr=0.02),
+        Protocol("unrolled", epochs=0),
         Protocol("whole", epochs=10, steps=600, batch=128, lr=0.05, schedule="cycle"),
     )
 }
@@ -97,11 +137,17 @@ class Trainer:
         device: str,
         together: int | None = None,
     ) -> None:
-        self.net, self.protocol, self.task, self.device = net, protocol, task, device
+        if protocol.lr <= 0:
+            raise PotstillError(
+                f"protocol '{protocol.name}' trains with the rate that a set has learned; this one has none"
+            )
+        self.net, self.protocol, self.task, self.device = net, protocol, replace(task, fit=protocol.fit), device
         self.together = together or (1 if sample_flops(net) > LARGE else MANY)
-        self.optimiser = SGD(protocol.lr, protocol.momentum, protocol.weight_decay)
+        self.optimiser: SGD | Adam = SGD(protocol.lr, protocol.momentum, protocol.weight_decay)
+        if protocol.rule == "adam":
+            self.optimiser = Adam(protocol.lr, weight_decay=protocol.weight_decay)
         self._step = compiled(self._update, compile)
-        self._logits = compiled(self._predict, compile)
+        self._score = Scorer(net, task, compile, device)
 
     def _one(self, state: State, slow: Tree, x: Tensor, y: Tensor, rate: Tensor) -> tuple[State, Tree, Tensor]:
         def loss(params: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
@@ -123,8 +169,15 @@ class Trainer:
         out = self._one(first[0], first[1], x[0], y[0], rate)
         return tree_map(lambda t: t[None], out)
 
-    def _predict(self, state: State, x: Tensor) -> Tensor:
-        return self.net(state, x, "stored")
+    @property
+    def name(self) -> str:
+        """Of the network."""
+        return self.net.name
+
+    def steps(self, samples: int) -> int:
+        """Training steps of one network."""
+        epochs, each = self.protocol.plan(samples)
+        return epochs * each
 
     def flops(self, samples: int) -> float:
         """Floating-point operations of training one network: forward and twice as much backward."""
@@ -154,7 +207,10 @@ class Trainer:
         epochs, each = self.protocol.plan(samples)
         made = [self.net.init(key.fold("weights")) for key in keys]
         states = State(*tree_map(lambda *t: torch.stack(t).to(self.device), *map(tuple, made)))
-        slow = self.optimiser.init(states.params)
+        slow = {**self.optimiser.init(states.params)}
+        if "count" in slow:  # one for each network, as every other leaf
+            slow["count"] = slow["count"].expand(len(keys)).clone()
+        mean, decay, averaged = tree_map(torch.zeros_like, states.params), self.protocol.average, 0
         x, y = (torch.stack([s[j] for s in sets]).to(self.device) for j in (0, 1))
         rows = torch.arange(len(sets))[:, None]
         for epoch in range(epochs):
@@ -166,11 +222,40 @@ class Trainer:
                 drawn = {k: torch.stack([d[k][j, : at.shape[1]] for d in draws]).to(self.device) for k in draws[0]}
                 rate = torch.tensor(self.protocol.rate(epoch * each + j, epochs * each), device=self.device)
                 states, slow, _ = self._step(states, slow, x[rows, at], y[rows, at], drawn, rate)
+                if decay:
+                    mean, averaged = (
+                        tree_map(lambda m, p: decay * m + (1 - decay) * p, mean, states.params),
+                        averaged + 1,
+                    )
                 tick(len(sets))
+        if averaged:
+            states = State(tree_map(lambda m: m / (1 - decay**averaged), mean), states.buffers)
         return [State(*tree_map(lambda t, r=r: t[r], tuple(states))) for r in range(len(sets))]
 
-    def score(self, state: State, inputs: Tensor, labels: Tensor, prepare: Callable[[Tensor], Tensor]) -> float:
-        """The task's score on raw inputs (N, *shape), in batches of one static size."""
+    def score(self, state: State, inputs: Tensor, labels: Tensor, prepare: Prepare) -> float:
+        """The task's score on raw inputs (N, *shape)."""
+        return self._score(state, inputs, labels, prepare)
+
+
+class Scorer:
+    """Reads the task's score of trained networks.
+
+    Args:
+        net: The network.
+        task: The score.
+        compile: Whether the pass is compiled.
+        device: Where.
+    """
+
+    def __init__(self, net: Network, task: Classification, compile: bool, device: str) -> None:
+        self.net, self.task, self.device = net, task, device
+        self._logits = compiled(self._predict, compile)
+
+    def _predict(self, state: State, x: Tensor) -> Tensor:
+        return self.net(state, x, "stored")
+
+    def __call__(self, state: State, inputs: Tensor, labels: Tensor, prepare: Prepare) -> float:
+        """The score on raw inputs (N, *shape), in batches of one static size."""
         batch = min(500, len(inputs))
         parts = []
         with torch.no_grad():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -55,10 +56,11 @@ class Real(NamedTuple):
 
 
 class Net(NamedTuple):
-    """What a source hands out: a network and its present state."""
+    """What a source hands out: a network, its present state and, from experts, the state that training on T took it to."""
 
     network: Network
     state: State
+    goal: State | None = None
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,14 @@ class Needs:
         real: A real batch, or none.
         calibrate: Real samples of each group from which stored batch statistics are taken before the step, for
             objectives that use them; no matter without batch norm.
+        network: Whether a network is needed.
+        goal: Whether its state after more training on T is needed, too.
     """
 
     real: ByGroup | Uniform | None
     calibrate: int = 0
+    network: bool = True
+    goal: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,14 @@ class Sizes:
     real: int
 
 
+Graph = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+
+
+def as_it_is(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A `Graph` that compiles nothing."""
+    return function
+
+
 @dataclass(frozen=True)
 class Objective(ABC):
     """A differentiable comparison of S with T, minimised over what is learned of S.
@@ -93,9 +107,13 @@ class Objective(ABC):
 
     Args:
         augment: The recipe's augmentation; the loop puts it here.
+        task: Loss of a network; the loop puts it here.
+        graph: Compiles a function under a name, where the run compiles; the loop puts it here.
     """
 
     augment: Augment = field(default=Augment(), kw_only=True, metadata={"recipe": False})
+    task: Classification = field(default=Classification(1), kw_only=True, metadata={"recipe": False})
+    graph: Graph = field(default=as_it_is, kw_only=True, metadata={"recipe": False}, compare=False)
 
     @property
     @abstractmethod
@@ -122,9 +140,18 @@ class Objective(ABC):
         """Whether the loss, too, is better taken group by group: where it is separable and costly. Its parts are added."""
         return False
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether `value_and_grad` is too large for one graph and compiles its pieces itself, with `graph`."""
+        return False
+
+    def start_rates(self) -> Tensor | None:
+        """Learning rates (1,) or (steps,) that S begins with, for objectives that train on S."""
+        return None
+
     @abstractmethod
     def target(self, real: Real, net: Net, draws: Tree) -> Tree:
-        """The real side."""
+        """The real side; real is absent where `needs` says so."""
 
     @abstractmethod
     def loss(self, s: Synthetic, target: Tree, net: Net, draws: Tree, own: Tree) -> tuple[Tensor, Tree]:

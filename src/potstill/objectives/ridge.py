@@ -1,0 +1,91 @@
+"""Kernel ridge regression: the best linear fit to S, in a space of features, predicts T."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import PotstillError
+from ..functional import Tree, cast
+from ..kernels import kernel, predict
+from ..synthetic import Synthetic
+from .base import Needs, Net, Objective, Real, Uniform
+
+FEATURES = "features"
+
+
+@dataclass(frozen=True)
+class KernelRidge(Objective):
+    r"""Squared error on real samples of kernel ridge regression from S.
+
+    $$ L(S) = \frac1{2|B|} \big\| K_{BS} (K_{SS} + \lambda \tfrac{\operatorname{tr} K_{SS}}{|S|} I)^{-1} y_S - y_B \big\|^2 $$
+
+    with centred labels. The kernel is that of infinitely wide networks (KIP), or the product of the features of a network
+    of finite width (FRePo), whose real side is computed without a gradient.
+
+    Args:
+        kernel: `features`, or the name of an infinitely wide network such as `ntk-dense-d1`.
+        real: Real samples per step.
+        ridge: The factor lambda.
+        margin: Add minus the margin of the learned labels, the largest less the second largest, up to 1/C (FRePo).
+        mirror: Let mirrored samples of S stand beside the samples, with the same labels.
+
+    Reference: Nguyen, Chen and Lee 2021, Dataset Meta-Learning from Kernel Ridge-Regression (ICLR), eq. 7; Zhou, Nezhadarya
+    and Ba 2022, Dataset Distillation using Neural Feature Regression (NeurIPS), eq. 3 and section 3.
+    """
+
+    kernel: str = FEATURES
+    real: int = 1024
+    ridge: float = 1e-6
+    margin: bool = False
+    mirror: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kernel != FEATURES:
+            kernel(self.kernel)
+        if not self.ridge >= 0:
+            raise PotstillError(f"objective.ridge = {self.ridge:g} is below 0")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(real=Uniform(self.real), network=self.kernel == FEATURES)
+
+    def target(self, real: Real, net: Net, draws: Tree) -> Tree:
+        rows = real.inputs if self.kernel != FEATURES else net.network.features(net.state, real.inputs, "stored")
+        return {"rows": rows, "labels": self.task.centred(real.labels)}
+
+    def loss(self, s: Synthetic, target: Tree, net: Net, draws: Tree, own: Tree) -> tuple[Float[Tensor, ""], Tree]:
+        x, y = s.take(torch.arange(len(s), device=s.index.device))
+        y = self.task.centred(y)
+        extra = _margin(y) if self.margin else torch.zeros((), dtype=y.dtype)
+        if self.mirror:
+            x, y = torch.cat([x, x.flip(-1)]), torch.cat([y, y])
+        fitted = self.fit(x, y, target["rows"], net)
+        return 0.5 * (fitted - target["labels"].to(fitted.dtype)).square().sum(1).mean() + extra, own
+
+    def fit(self, x: Tensor, y: Tensor, rows: Tensor, net: Net) -> Float[Tensor, "n classes"]:
+        """Predictions (N, C) for real rows from inputs (M, *shape) and centred labels (M, C); solved in float64.
+
+        Args:
+            x: Of S.
+            y: Of S.
+            rows: Real features (N, F), or real inputs (N, *shape) where the kernel is an infinitely wide network's.
+            net: The network of the features.
+        """
+        if self.kernel != FEATURES:
+            x, rows = cast((x, rows), torch.float64)
+            gram = kernel(self.kernel)
+            cross, own = gram(rows, x), gram(x, x)
+        else:
+            x = net.network.features(net.state, x, "stored")
+            cross, own = rows @ x.T, x @ x.T
+        return predict(cross.double(), own.double(), y.double(), self.ridge)
+
+
+def _margin(labels: Float[Tensor, "m classes"]) -> Float[Tensor, ""]:
+    """Minus the mean margin of labels, no more than 1/C of it counting."""
+    top = labels.topk(2, dim=1).values
+    return -(top[:, 0] - top[:, 1]).clamp(max=1 / labels.shape[1]).mean()

@@ -1,0 +1,171 @@
+"""Who learns from a set to judge it: a network trained by a protocol, one that walks the set's own steps, or a kernel.
+
+All have `fit` (one fitted thing for each set) and `score` (of such a thing on raw inputs), so that a judge need not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compiling import Graphs, sample_flops
+from .data import Classification
+from .errors import PotstillError
+from .exchange import DistilledSet
+from .functional import Key, to
+from .infinite import kernel
+from .kernels import predict
+from .networks import Network, State
+from .objectives import KernelRidge, Net, Sizes, Unroll
+from .recipe import Recipe, from_dict
+from .sources import Pool
+from .synthetic import Synthetic, group_index
+from .training import Prepare, Scorer
+
+KERNEL = "kernel"  # the kernel that a set was made by
+USUAL = "ntk-dense-d1"
+RIDGE = 1e-6
+CHUNK = 500  # test inputs at once
+
+
+def is_kernel(name: str) -> bool:
+    """Whether a student's name is that of an infinitely wide network."""
+    return name == KERNEL or name.split("-")[0] in ("ntk", "nngp")
+
+
+def own_kernel(set_: DistilledSet | None) -> tuple[str, float]:
+    """Name of the kernel and ridge that a set was made with, the usual ones where it was made otherwise."""
+    objective = _recipe(set_).objective if set_ is not None and set_.meta.method == "kip" else None
+    if isinstance(objective, KernelRidge) and is_kernel(objective.kernel):
+        return objective.kernel, objective.ridge
+    return USUAL, RIDGE
+
+
+def _recipe(set_: DistilledSet) -> Recipe:
+    return from_dict(set_.meta.recipe)
+
+
+def labels_for(fit: str, labels: Tensor, kind: str) -> Tensor:
+    """Labels of one convention as a loss wants them.
+
+    Args:
+        fit: `cross-entropy` or `squared`.
+        labels: (M,) or (M, C).
+        kind: `hard`, `soft` or `centred`.
+
+    Returns:
+        For cross-entropy classes or probabilities: those of centred labels are what lies above 0 when 1/C is added, as
+        shares. For a squared loss classes or centred labels.
+    """
+    if kind == "hard" or (kind == "centred") == (fit == "squared"):
+        return labels
+    classes = labels.shape[1]
+    if fit == "squared":
+        return labels - 1 / classes
+    above = (labels + 1 / classes).clamp(min=0)
+    return above / above.sum(1, keepdim=True).clamp(min=1e-12)
+
+
+class Walker:
+    """Networks trained by a set's own steps, rates and order of samples: the protocol `unrolled`.
+
+    Args:
+        net: The network.
+        task: Loss and score.
+        set_: Whose steps are walked; other inputs may be walked over in its place, with its rates.
+        labels: Convention of the labels that `fit` is given.
+        compile: Whether a step is compiled.
+        device: Where.
+
+    Raises:
+        PotstillError: The set was made by an objective that does not train on it.
+    """
+
+    def __init__(
+        self, net: Network, task: Classification, set_: DistilledSet | None, labels: str, compile: bool, device: str
+    ) -> None:
+        recipe = _recipe(set_) if set_ is not None else None
+        if set_ is None or recipe is None or not isinstance(recipe.objective, Unroll) or set_.lr is None:
+            raise PotstillError(
+                "protocol 'unrolled' walks the steps that a set was made for; this one was made without"
+            )
+        self.net, self.task, self.device, self.labels, self.lr = net, task, device, labels, set_.lr
+        fixed = isinstance(recipe.source, Pool) and recipe.source.lifetime >= max(set_.meta.steps, 2)
+        self.start = Key(set_.meta.seed).fold("source", 0, "weights") if fixed else None
+        self.index, self.mask = group_index(set_.classes, len(set_.meta.class_names))
+        parts = {"augment": recipe.augment, "task": task, "graph": Graphs(compile)}
+        self.objective = type(recipe.objective)(**{**vars(recipe.objective), **parts, "window": 0, "random_end": False})
+        self._score = Scorer(net, task, compile, device)
+
+    def flops(self, samples: int) -> float:
+        """Floating-point operations of one walk."""
+        return 3 * sample_flops(self.net) * samples * self.objective.steps
+
+    @property
+    def name(self) -> str:
+        """Of the network."""
+        return self.net.name
+
+    def steps(self, samples: int) -> int:
+        """Steps of one walk."""
+        return self.objective.steps
+
+    def fit(
+        self, sets: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Key], tick: Callable[[int], object]
+    ) -> list[State]:
+        """As `Trainer.fit`."""
+        states = []
+        for (x, y), key in zip(sets, keys, strict=True):
+            learned = to({"inputs": x, "lr": self.lr.log()}, self.device)
+            fixed = to({"labels": y}, self.device)
+            s = Synthetic(learned, fixed, self.index.to(self.device), self.mask.to(self.device), self.labels)
+            draws = to(self.objective.draws(key, Sizes(len(self.index), len(x), 0)), self.device)
+            start = to(self.net.init(self.start or key.fold("weights")), self.device)
+            states.append(self.objective.fit(s, Net(self.net, State(*start)), draws))
+            tick(self.objective.steps)
+        return states
+
+    def score(self, state: State, inputs: Tensor, labels: Tensor, prepare: Prepare) -> float:
+        """As `Trainer.score`."""
+        return self._score(state, inputs, labels, prepare)
+
+
+class Ridge:
+    """Kernel ridge regression with the kernel of an infinitely wide network, in float64; nothing is random.
+
+    Args:
+        name: Of the kernel.
+        ridge: Its factor, times the mean of the Gram matrix's diagonal.
+        task: Score.
+    """
+
+    def __init__(self, name: str, ridge: float, task: Classification) -> None:
+        self.name, self.ridge, self.task, self.kernel = name, ridge, task, kernel(name)
+
+    def flops(self, samples: int) -> float:
+        """Nothing is trained."""
+        return 0.0
+
+    def steps(self, samples: int) -> int:
+        """One solve."""
+        return 1
+
+    def fit(
+        self, sets: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Key], tick: Callable[[int], object]
+    ) -> list[Any]:
+        """The sets themselves, with their Gram matrices."""
+        fitted = []
+        for x, y in sets:
+            x = x.double()
+            fitted.append((x, self.kernel(x, x), self.task.centred(y).double()))
+            tick(1)
+        return fitted
+
+    def score(self, state: Any, inputs: Tensor, labels: Tensor, prepare: Prepare) -> float:
+        """The task's score on raw inputs (N, *shape)."""
+        x, gram, y = state
+        parts = [predict(self.kernel(prepare(raw).double(), x), gram, y, self.ridge) for raw in inputs.split(CHUNK)]
+        return self.task.score(torch.cat(parts), labels)
