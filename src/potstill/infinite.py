@@ -269,11 +269,10 @@ def _relu(k: Tensor, deviations: Pair | None) -> Pair:
     left, right = deviations
     edge = 1 - SNAP * torch.finfo(k.dtype).eps
     cosine = k * _inverse(left) * _inverse(right)
-    # A gradient through the angle is infinite at the edge, and times that of the cosine there it is 0: clamp has that
-    inner = cosine.clamp(-edge, edge)
-    angle = torch.where(cosine > edge, 0.0, inner.arccos())  # exact for samples that coincide
+    # At the edge the angle has an infinite derivative, the cosine 0, and what is meant is 0: clamp gives that
+    angle = torch.where(cosine > edge, 0.0, cosine.clamp(-edge, edge).arccos())  # exact for samples that coincide
     slope = (math.pi - angle) / (2 * math.pi)
-    return left * right * (angle.sin() / (2 * math.pi) + inner * slope), slope
+    return left * right * angle.sin() / (2 * math.pi) + k * slope, slope
 
 
 def _root(variance: Tensor) -> Tensor:
@@ -358,6 +357,6 @@ def kernel(name: str) -> Kernel:
     known = ["-".join(parts) for parts in itertools.product(KINDS, BODIES)]
     match = _NAME.fullmatch(name)
     if match is None or match["kind"] not in KINDS or match["body"] not in BODIES:
-        stem = re.sub(r"-d\d*$", "", name)
+        stem = re.sub(r"-d\d+$", "", name)
         raise unknown("kernel", stem, known, "-dN sets N hidden layers")
     return Kernel(match["kind"], match["body"], int(match["depth"] or 1))
