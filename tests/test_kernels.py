@@ -277,7 +277,7 @@ def test_names_that_do_not_exist(name, message):
     ("fields", "message"),
     [
         ({"kind": "nkt"}, "did you mean 'ntk'"), ({"body": "convolution"}, "no body of a kernel 'convolution'"),
-        ({"depth": 0}, "depth 0"), ({"depth": 1.0}, "depth 1.0"), ({"depth": True}, "depth True"),
+        ({"depth": 0}, "depth 0"), ({"depth": True}, "depth True"),
         ({"weight_std": 0.0}, "weight_std = 0.0"), ({"weight_std": math.nan}, "weight_std = nan"),
         ({"bias_std": -0.1}, "bias_std = -0.1"), ({"bias_std": math.inf}, "bias_std = inf"),
     ],

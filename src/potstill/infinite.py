@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from .errors import PotstillError, unknown
@@ -25,7 +25,7 @@ BODIES = ("dense", "conv", "conv-pool", "conv-gap")
 POOLED = ("conv-pool", "conv-gap")
 LARGEST_POOLED = 8  # pixels a side: all pairs of positions are 4,096 numbers for each pair of samples
 CHUNK = 2**22  # bytes of one map: a few of them stay in a processor's cache
-SNAP = 16  # units in the last place within which a cosine counts as 1: rounding of a sum of some hundred products
+SNAP = 64  # units in the last place within which a cosine counts as 1: rounding of a sum of some thousand products
 
 Pair = tuple[Tensor, Tensor]
 
@@ -98,7 +98,7 @@ class Kernel:
         return f"{self.kind}-{self.body}-d{self.depth}"
 
     def __call__(
-        self, x1: Float[Tensor, "n ..."], x2: Float[Tensor, "m ..."] | None = None, chunk: int = CHUNK
+        self, x1: Shaped[Tensor, "n ..."], x2: Shaped[Tensor, "m ..."] | None = None, chunk: int = CHUNK
     ) -> Float[Tensor, "n m"]:
         """Gram matrix (N, M) of inputs (N, *shape) and (M, *shape), in their precision.
 
@@ -148,7 +148,7 @@ class Kernel:
             gram = torch.where(torch.eye(n, dtype=torch.bool, device=gram.device), own[:, None], gram)
         return gram
 
-    def diagonal(self, x: Float[Tensor, "n ..."], chunk: int = CHUNK) -> Float[Tensor, " n"]:
+    def diagonal(self, x: Shaped[Tensor, "n ..."], chunk: int = CHUNK) -> Float[Tensor, " n"]:
         """Kernel (N,) of each input with itself, without the matrix."""
         self._check(x, x)
         return self._self(x, chunk)[1]
@@ -179,14 +179,11 @@ class Kernel:
         return places**2 if self.body in POOLED else places
 
     def _positions(self, x: Tensor) -> Tensor:
-        """Inputs (N, D) or (H, W, N, C), scaled so that a sum of products is a mean."""
-        if self.body == "dense":
-            flat = x.flatten(1)
-            return flat / math.sqrt(max(flat.shape[1], 1))
-        return x.permute(2, 3, 0, 1) / math.sqrt(x.shape[1])
+        """Inputs (N, D) or (H, W, N, C): the last axis is what products are means over."""
+        return x.flatten(1) if self.body == "dense" else x.permute(2, 3, 0, 1)
 
     def _pairs(self, a: Tensor, b: Tensor, *deviations: Tensor) -> Tensor:
-        """Kernel (n, m) of scaled inputs, given the deviations of each layer for both."""
+        """Kernel (n, m) of inputs by position, given the deviations of each layer for both."""
         left, right = deviations[: self.depth], deviations[self.depth :]
         if self.body in POOLED:
             products = torch.einsum("hwnc,uvmc->hwuvnm", a, b)
@@ -196,7 +193,7 @@ class Kernel:
             # one channel: an outer product, which a batched matrix product is slow at
             products = a * b.mT if self.body == "conv" and a.shape[-1] == 1 else a @ b.mT
             roots = [(p[..., None], q[..., None, :]) for p, q in zip(left, right, strict=True)]
-        return self._layers(products, lambda layer, k: roots[layer])
+        return self._layers(products / max(a.shape[-1], 1), lambda layer, k: roots[layer])
 
     def _self(self, x: Tensor, chunk: int) -> tuple[list[Tensor], Tensor]:
         """Standard deviations at each position and layer, (N,) or (H, W, N), and the kernel (N,) of each input with itself."""
@@ -221,8 +218,8 @@ class Kernel:
             return seen[-1][:, :, None, None], seen[-1][None, None]
 
         if self.body in POOLED:
-            return seen, self._layers(torch.einsum("hwnc,uvnc->hwuvn", a, a), every)
-        return seen, self._layers(a.square().sum(-1), alone)
+            return seen, self._layers(torch.einsum("hwnc,uvnc->hwuvn", a, a) / a.shape[-1], every)
+        return seen, self._layers(torch.linalg.vecdot(a, a) / max(a.shape[-1], 1), alone)
 
     def _layers(self, s: Tensor, deviations: Callable[[int, Tensor], Pair | None]) -> Tensor:
         """The recursion. `deviations(layer, K)` gives the two standard deviations, or None if both samples are one."""

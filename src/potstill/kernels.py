@@ -37,8 +37,8 @@ def ridge_solve(gram: Float[Tensor, "n n"], targets: Float[Tensor, "n c"], ridge
         ridge: Factor lambda of the mean diagonal element; 1e-6 in KIP and FRePo.
 
     Example:
-        >>> ridge_solve(torch.eye(2).double() * 3, torch.eye(2).double(), 1.0)[0, 0] * 6
-        tensor(1., dtype=torch.float64)
+        >>> ridge_solve(torch.eye(2) * 4, torch.ones(2, 1), ridge=1.0).T  # 1 / (4 + 1 * 4)
+        tensor([[0.1250, 0.1250]])
 
     Reference: Nguyen, Chen and Lee 2021, Dataset Meta-Learning from Kernel Ridge-Regression (ICLR), eq. 4; the scale of
     the ridge as in its code.
