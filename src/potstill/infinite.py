@@ -64,9 +64,8 @@ class Kernel:
         >>> k(x[:2], x).shape, k.name
         (torch.Size([2, 3]), 'ntk-dense-d2')
 
-    Reference: Cho and Saul 2009, Kernel Methods for Deep Learning, eqs. 3-6; Jacot, Gabriel and Hongler 2018, Neural
-    Tangent Kernel, theorem 1; Arora and others 2019, On Exact Computation with an Infinitely Wide Neural Net, section 4
-    (convolution). Widths, deviations and the bias at the read-out as in the code of KIP (Nguyen, Chen and Lee 2021).
+    Reference: Cho and Saul 2009, Kernel Methods for Deep Learning; Jacot, Gabriel and Hongler 2018, Neural
+    Tangent Kernel, theorem 1; Arora and others 2019, On Exact Computation with an Infinitely Wide Neural Net (convolution). Widths, deviations and the bias at the read-out as in the code of KIP (Nguyen, Chen and Lee 2021).
     """
 
     kind: str = "ntk"

@@ -40,8 +40,8 @@ def ridge_solve(gram: Float[Tensor, "n n"], targets: Float[Tensor, "n c"], ridge
         >>> ridge_solve(torch.eye(2) * 4, torch.ones(2, 1), ridge=1.0).T  # 1 / (4 + 1 * 4)
         tensor([[0.1250, 0.1250]])
 
-    Reference: Nguyen, Chen and Lee 2021, Dataset Meta-Learning from Kernel Ridge-Regression (ICLR), eq. 4; the scale of
-    the ridge as in its code.
+    Reference: Nguyen, Chen and Lee 2021, Dataset Meta-Learning from Kernel Ridge-Regression (ICLR); the scale of the
+    ridge as in its code.
     """
     factor, failed = torch.linalg.cholesky_ex(regularised(gram, ridge))
     coefficients = torch.cholesky_solve(targets, factor)
@@ -77,8 +77,8 @@ def label_solve(
     Raises:
         PotstillError: A number that is not finite.
 
-    Reference: Nguyen, Chen and Lee 2021, Dataset Meta-Learning from Kernel Ridge-Regression (ICLR), section 3.2 (Label
-    Solve). Among several best labels theirs are the smallest, these have the smallest coefficients: the fit is the same.
+    Reference: Nguyen, Chen and Lee 2021, Dataset Meta-Learning from Kernel Ridge-Regression (ICLR), Label Solve. Where
+    several labels are equally good, these have the smallest coefficients.
     """
     for what, values in (("cross", cross), ("gram", gram), ("targets", targets)):
         if not bool(values.isfinite().all()):
