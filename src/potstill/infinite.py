@@ -52,8 +52,8 @@ class Kernel:
             sides have at least two pixels) and `conv-gap` (global average pooling at the end). The last two compare all
             pairs of positions and take images up to 8 x 8.
         depth: Hidden layers.
-        weight_std: Standard deviation sigma_w of the weights, times the root of the fan-in.
-        bias_std: Standard deviation sigma_b of the biases.
+        weight_std: sigma_w: the weights' standard deviation times the root of the fan-in.
+        bias_std: sigma_b: the biases' standard deviation.
 
     Raises:
         PotstillError: A kind or body that does not exist; a depth below 1; deviations that are none.
@@ -64,8 +64,9 @@ class Kernel:
         >>> k(x[:2], x).shape, k.name
         (torch.Size([2, 3]), 'ntk-dense-d2')
 
-    Reference: Cho and Saul 2009, Kernel Methods for Deep Learning; Jacot, Gabriel and Hongler 2018, Neural
-    Tangent Kernel, theorem 1; Arora and others 2019, On Exact Computation with an Infinitely Wide Neural Net (convolution). Widths, deviations and the bias at the read-out as in the code of KIP (Nguyen, Chen and Lee 2021).
+    Reference: Cho and Saul 2009, Kernel Methods for Deep Learning; Jacot, Gabriel and Hongler 2018, Neural Tangent
+    Kernel, theorem 1; Arora and others 2019, On Exact Computation with an Infinitely Wide Neural Net (convolution).
+    Deviations and the bias at the read-out as in the code of KIP (Nguyen, Chen and Lee 2021).
     """
 
     kind: str = "ntk"
