@@ -80,7 +80,7 @@ def finite(k: Kernel, x: torch.Tensor, width: int, key: Key) -> torch.Tensor:
 
 
 CASES = [
-    ("dense", 1, (5,), 512, 40), ("dense", 2, (5,), 512, 24), ("conv", 1, (2, 4, 3), 128, 24),
+    ("dense", 1, (5,), 256, 40), ("dense", 2, (5,), 256, 40), ("conv", 1, (2, 4, 3), 128, 24),
     ("conv", 2, (2, 4, 3), 128, 24), ("conv-pool", 1, (2, 5, 4), 128, 24), ("conv-pool", 2, (1, 5, 4), 128, 24),
     ("conv-gap", 2, (2, 3, 3), 128, 24),
 ]  # fmt: skip
@@ -154,8 +154,8 @@ def test_a_kernel_grows_with_the_square_of_its_inputs_without_biases(name):
 def test_blocks_do_not_matter(name):
     """Values equal to rounding, derivatives too, for blocks of one pair, of some, and of all."""
     k = kernel(name)
-    x, y = samples(name, 5), samples(name, 7, "y")
-    weight = draw(5, 7, name="weight")
+    x, y = samples(name, 3), samples(name, 4, "y")
+    weight = draw(3, 4, name="weight")
 
     def run(chunk, of=lambda a, b, c: k(a, b, chunk=c)):
         a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
@@ -164,7 +164,7 @@ def test_blocks_do_not_matter(name):
 
     pair = 8 * (12 if name.endswith("conv") or "conv-d" in name else 144)
     whole = run(2**30)
-    for chunk in (1, pair, 3 * pair, 17 * pair):
+    for chunk in (1, 3 * pair, 9 * pair):
         for ours, theirs in zip(run(chunk), whole, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(k(x, chunk=1), k(x), rtol=1e-11, atol=1e-11)
