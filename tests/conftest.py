@@ -8,7 +8,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import jaxtyping
 
 # Shapes in signatures are checked here, and only here. Compiled tests run in processes of their own, without.
-SHAPED = ["potstill.coresets", "potstill.networks", "potstill.objectives", "potstill.synthetic"]
+SHAPED = [
+    "potstill.coresets",
+    "potstill.infinite",
+    "potstill.kernels",
+    "potstill.networks",
+    "potstill.objectives",
+    "potstill.synthetic",
+]
 jaxtyping.install_import_hook(SHAPED, "typechecking.check")
 
 import pytest
