@@ -72,8 +72,14 @@ def ours(name: str) -> bool:
     return name in OURS or re.fullmatch(r"zca-[0-9a-f]{16}\.safetensors", name) is not None
 
 
-def open_folder(out: Path, resume: bool, force: bool) -> None:
+def open_folder(out: Path, resume: bool, force: bool, ours: Callable[[str], bool] = ours) -> None:
     """Make the run's folder, or see that an existing one may be used.
+
+    Args:
+        out: The folder.
+        resume: Whether what is there is to be continued.
+        force: Whether it is to be deleted.
+        ours: Whether a file of a given name is one that the run writes.
 
     Raises:
         PotstillError: It holds something else, or a run that was not to be continued.
@@ -84,10 +90,11 @@ def open_folder(out: Path, resume: bool, force: bool) -> None:
         inside = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
     except OSError as error:
         raise PotstillError(f"--out {out} cannot be used ({error.strerror})") from error
+    # a killed process leaves files half-written under the name that `write_whole` gives them meanwhile
     foreign = [
         n
         for n in inside
-        if (out / n).is_dir() or (not ours(n) and not n.startswith((".zca-", *(f".{o}." for o in OURS))))
+        if (out / n).is_dir() or not (ours(n) or (n.startswith(".") and ours(n[1:].rpartition(".")[0])))
     ]
     if foreign:
         raise PotstillError(

@@ -31,8 +31,8 @@ class Protocol:
         lr: Learning rate of SGD.
         momentum: Of SGD.
         weight_decay: Of SGD.
-        schedule: `drop` (a tenth of the rate after half of the steps) or `cycle` (up to the rate over a fifth of the
-            steps, then down to nothing, both linear).
+        schedule: `drop` (a tenth of the rate after half of the steps), `cycle` (up to the rate over a fifth of the
+            steps, then down to nothing, both linear) or `constant`.
         augment: Drawn anew for every step; the operation per step, its parameters per sample.
     """
 
@@ -59,6 +59,8 @@ class Protocol:
 
     def rate(self, step: int, total: int) -> float:
         """Learning rate of a step."""
+        if self.schedule == "constant":
+            return self.lr
         if self.schedule == "drop":
             return self.lr if step < (total + 1) // 2 else 0.1 * self.lr
         rise = 0.2 * total
@@ -100,7 +102,7 @@ class Trainer:
         self.net, self.protocol, self.task, self.device = net, protocol, task, device
         self.together = together or (1 if sample_flops(net) > LARGE else MANY)
         self.optimiser = SGD(protocol.lr, protocol.momentum, protocol.weight_decay)
-        self._step = compiled(self._update, compile)
+        self.step = compiled(self._update, compile)
         self._logits = compiled(self._predict, compile)
 
     def _one(self, state: State, slow: Tree, x: Tensor, y: Tensor, rate: Tensor) -> tuple[State, Tree, Tensor]:
@@ -165,7 +167,7 @@ class Trainer:
                 # the operation is drawn per step (1), its parameters per sample (batch)
                 drawn = {k: torch.stack([d[k][j, : at.shape[1]] for d in draws]).to(self.device) for k in draws[0]}
                 rate = torch.tensor(self.protocol.rate(epoch * each + j, epochs * each), device=self.device)
-                states, slow, _ = self._step(states, slow, x[rows, at], y[rows, at], drawn, rate)
+                states, slow, _ = self.step(states, slow, x[rows, at], y[rows, at], drawn, rate)
                 tick(len(sets))
         return [State(*tree_map(lambda t, r=r: t[r], tuple(states))) for r in range(len(sets))]
 

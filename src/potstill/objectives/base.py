@@ -55,10 +55,11 @@ class Real(NamedTuple):
 
 
 class Net(NamedTuple):
-    """What a source hands out: a network and its present state."""
+    """What a source hands out: a network, its present state and, from experts, the later one that it came to."""
 
     network: Network
     state: State
+    goal: State | None = None
 
 
 @dataclass(frozen=True)
