@@ -20,7 +20,7 @@ from .augment import Augment
 from .checkpoint import open_folder
 from .compiling import EAGER_FLOPS, PRECISIONS, check_device, choose_compile, choose_precision, keep_memory
 from .data import Data, load_data
-from .errors import PotstillError, Stopped, unknown
+from .errors import PotstillError, unknown
 from .evaluation import fitting
 from .exchange import HEADER, pack, read_tensors, unpack
 from .methods import DSA

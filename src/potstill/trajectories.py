@@ -126,6 +126,11 @@ class Trajectories:
         return int(self.meta["epochs"])
 
     @property
+    def mark(self) -> str:
+        """A hash of the recording as it is now: the same as long as no expert is added or recorded anew."""
+        return digest(self.meta)
+
+    @property
     def layouts(self) -> tuple[Layout, Layout]:
         """Of parameters and of buffers."""
         return Layout.read(self.meta["params"]), Layout.read(self.meta["buffers"])
