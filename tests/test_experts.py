@@ -21,6 +21,7 @@ from potstill.cli import main
 from potstill.errors import PotstillError, Stopped, Unwritable
 from potstill.experts import record
 from potstill.functional import Key
+from potstill.measure import peak_bytes, reset_peak
 from potstill.networks import network
 from potstill.recipe import Recipe, to_dict
 from potstill.replay import Experts
@@ -151,7 +152,7 @@ def test_experts_learn(tmp_path):
     """On digits the held-out accuracy rises far above a guess."""
     made = record("digits", out=tmp_path / "e", count=1, epochs=3, network="mlp-w32", lr=0.1, batch=32, augment="none")
     scores = made.meta["experts"][0]["heldout_accuracy"]
-    assert scores[0] < 0.3 < 0.8 < scores[-1] and len(scores) == 4
+    assert scores[0] < 0.3 and scores[-1] > 0.8 and len(scores) == 4
     losses = made.meta["experts"][0]["losses"]
     assert losses == sorted(losses, reverse=True)
 
@@ -196,40 +197,36 @@ def test_a_finished_recording_takes_more_experts(tmp_path):
 
 
 KILLED = """
-import sys
+import sys, time
 from potstill import experts
 experts.SAVE_EVERY = experts.SHARE = 0
 class Bar:
+    left = int(sys.argv[2])
     def __call__(self, total, title, start): return self
-    def update(self, n=1): print("step", flush=True)
+    def update(self, n=1):
+        print("step", flush=True)
+        self.left -= 1
+        if not self.left: time.sleep(600)
     def close(self): ...
-experts.record("digits", out=sys.argv[1], network="convnet-batch-w4", count=2, epochs=2, batch=128, momentum=0.9,
+experts.record("digits", out=sys.argv[1], network="convnet-batch-w4", count=2, epochs=2, batch=512, momentum=0.9,
     resume=True, bar=Bar())
 print("done", flush=True)
 """
 
 
-@pytest.mark.parametrize("after", [5, 31])
-def test_resume_after_kill_9_gives_the_same_bytes(tmp_path, after):
-    """A process killed without warning within an epoch, of the first expert or the second, goes on to the same end."""
-
-    def start():
-        return subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(tmp_path / "cut")], stdout=subprocess.PIPE, text=True
-        )
-
-    process = start()
-    for _ in range(after):
-        assert process.stdout.readline() == "step\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert (tmp_path / "cut" / "checkpoint.safetensors").exists()
-    with start() as second:
-        lines = second.stdout.read().split()
-    steps = 2 * 2 * 10
-    assert lines[-1] == "done" and 0 < len(lines) - 1 <= steps - after + 1
-    record("digits", out=tmp_path / "whole", network="convnet-batch-w4", count=2, epochs=2, batch=128, momentum=0.9)
+def test_resume_after_kill_9_gives_the_same_bytes(tmp_path):
+    """A process killed without warning within an epoch of the first expert, then of the second, goes on to the same end."""
+    # three steps in an epoch, twelve in all; the one in which the process is killed is not saved
+    for steps, finished, expected in ((2, 0, 2), (8, 1, 8), (99, 2, 4)):
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "cut"), str(steps)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert [process.stdout.readline() for _ in range(expected)] == ["step\n"] * expected
+            if finished < 2:
+                process.send_signal(signal.SIGKILL)
+            assert process.stdout.read() == ("done\n" if finished == 2 else "")
+        assert len(json.loads((tmp_path / "cut" / "experts.json").read_text())["experts"]) == finished
+        assert (tmp_path / "cut" / "checkpoint.safetensors").exists() == (finished < 2)
+    record("digits", out=tmp_path / "whole", network="convnet-batch-w4", count=2, epochs=2, batch=512, momentum=0.9)
     assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
 
 
@@ -340,20 +337,22 @@ def test_a_file_is_plain_safetensors_with_a_row_per_epoch(kept):
     assert len({tuple(row[:5].tolist()) for row in tensors["params"]}) == 4
 
 
-def test_one_row_is_read_of_a_file_that_memory_would_not_hold(tmp_path):
-    """A sparse file of 64 GiB: reading one row takes the memory of that row."""
-    rows, size = 1025, 2**24
+def test_of_a_large_file_one_row_is_read(tmp_path):
+    """A sparse file of 4 GiB: reading a row of 4 MiB takes the memory of that row."""
+    rows, size = 1024, 2**20
     header = json.dumps({"params": {"dtype": "F32", "shape": [rows, size], "data_offsets": [0, rows * size * 4]}})
-    head = struct.pack("<Q", -(-len(header) // 8) * 8) + header.encode().ljust(-(-len(header) // 8) * 8)
-    file = tmp_path / file_of(0)
-    with open(file, "wb") as out:
-        out.write(head)
-        out.truncate(len(head) + rows * size * 4)
-        out.seek(len(head) + 700 * size * 4)
+    length = -(-len(header) // 8) * 8
+    with open(tmp_path / file_of(0), "wb") as out:
+        out.write(struct.pack("<Q", length) + header.encode().ljust(length))
+        out.seek(8 + length + 700 * size * 4)
         out.write(struct.pack("<3f", 1.0, 2.0, 3.0))
+        out.truncate(8 + length + rows * size * 4)
     layouts = Layout((("weight", (size,), "float32"),)), Layout(())
-    params, buffers = read_rows(file, layouts, rows - 1, 700)
+    reset_peak()
+    before = peak_bytes()
+    params, buffers = read_rows(tmp_path / file_of(0), layouts, rows - 1, 700)
     assert params[:4].tolist() == [1.0, 2.0, 3.0, 0.0] and params.shape == (size,) and not len(buffers)
+    assert params.sum() == 6 and peak_bytes() - before < 2**28
 
 
 def test_a_state_outlives_its_file(own):
@@ -397,7 +396,7 @@ def test_experts_of_something_else_are_refused_with_both_names(kept):
     moved = replace(data, transform=replace(data.transform, mean=(0.5,)))
     assert "of transform 'standardise' (" in refused(made.check, own, moved)
     text = refused(made.check, replace(network("mlp-w9", (1, 8, 8), 3), name="mlp-w8"), data)
-    assert "another network 'mlp-w8' (6 tensors of 619 numbers) than this one (6 tensors of 696 numbers)" in text
+    assert "another network 'mlp-w8' (6 tensors of 619 numbers) than this one (6 tensors of 705 numbers)" in text
     assert "--holdout 0.1: they have seen some of the 11 samples" in refused(made.check, own, toy().hold_out(0.4))
 
 
