@@ -397,7 +397,7 @@ def test_experts_of_something_else_are_refused_with_both_names(kept):
     assert "of transform 'standardise' (" in refused(made.check, own, moved)
     text = refused(made.check, replace(network("mlp-w9", (1, 8, 8), 3), name="mlp-w8"), data)
     assert "another network 'mlp-w8' (6 tensors of 619 numbers) than this one (6 tensors of 705 numbers)" in text
-    assert "--holdout 0.1: they have seen some of the 11 samples" in refused(made.check, own, toy().hold_out(0.4))
+    assert "--holdout 0.1: they have seen some of the 12 samples" in refused(made.check, own, toy().hold_out(0.4))
 
 
 def change_index(folder, **changes):
