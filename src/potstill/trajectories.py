@@ -145,7 +145,7 @@ class Trajectories:
             if not 0 <= value <= most:
                 raise PotstillError(f"the experts in {self.folder} have no {what} {value}; the last one is {most}")
         file, layouts = self.folder / file_of(expert), self.layouts
-        params, buffers = (row.clone() for row in read_rows(file, layouts, self.epochs, epoch))
+        params, buffers = read_rows(file, layouts, self.epochs, epoch)
         if digest_of(params, buffers) != self.meta["experts"][expert]["rows"][epoch]:
             raise PotstillError(f"{file} is damaged: epoch {epoch} does not have the hash that {INDEX} names")
         return State(layouts[0].tensors(params), layouts[1].tensors(buffers))
