@@ -8,38 +8,53 @@ import torch
 from potstill import recipe as recipes
 from potstill.augment import Augment
 from potstill.errors import PotstillError
+from potstill.experts import record
 from potstill.methods import CITATIONS, METHODS, PRESETS, cite
 from potstill.objectives import Unroll
+from potstill.replay import Experts
 from potstill.testing import CHECKS, check_method, toy
 
 LEARNING = [name for name, make in METHODS.items() if make("paper").objective is not None]
 
 
-def small(recipe, network):
-    """The recipe on a small network, where it walks, with three steps."""
-    settings = {"network": network, "student": recipe.student if recipe.student == "kernel" else network}
-    if isinstance(recipe.objective, Unroll):
-        settings["objective.steps"] = 3
-    return recipes.change(recipe, settings)
+@pytest.fixture
+def small(tmp_path):
+    """Makes a recipe small: on a small network, three steps where it walks, two short experts where it replays some."""
+
+    def make(recipe, network, data):
+        settings = {"network": network, "student": recipe.student if recipe.student == "kernel" else network}
+        if isinstance(recipe.objective, Unroll):
+            settings["objective.steps"] = 3
+        recipe = recipes.change(recipe, settings)
+        if isinstance(recipe.source, Experts):
+            made = record(
+                data, out=tmp_path, count=3, epochs=2, network=network, batch=8, augment="none", holdout=0.0, force=True
+            )
+            recipe = dataclasses.replace(recipe, source=Experts(max_start=2, span=1, folder=str(made.folder)))
+        return recipe
+
+    return make
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("method", LEARNING)
-def test_contract(method, check):
-    check(small(METHODS[method]("paper"), "convnet-w8"), toy())
+def test_contract(method, check, small):
+    data = toy()
+    check(small(METHODS[method]("paper"), "convnet-w8", data), data)
 
 
 @pytest.mark.parametrize("method", LEARNING)
 @pytest.mark.parametrize("network", ["convnet-batch-w8", "convnet-none-w8", "mlp-w16"])
-def test_contract_on_other_networks(method, network):
-    check_method(small(METHODS[method]("small"), network))
+def test_contract_on_other_networks(method, network, small):
+    check_method(small(METHODS[method]("small"), network, toy()), network=network)
 
 
 @pytest.mark.parametrize("method", LEARNING)
-def test_contract_on_other_shapes(method):
-    check_method(small(METHODS[method]("paper"), "convnet-w4"), toy(shape=(3, 6, 10), sizes=(8, 5)))
+def test_contract_on_other_shapes(method, small):
+    data = toy(shape=(3, 6, 10), sizes=(8, 5))
+    check_method(small(METHODS[method]("paper"), "convnet-w4", data), data, "convnet-w4")
     plain = dataclasses.replace(METHODS[method]("paper"), augment=Augment())
-    check_method(small(plain, "mlp-w16"), toy(shape=(9,)))
+    check_method(small(plain, "mlp-w16", toy(shape=(9,))), toy(shape=(9,)), "mlp-w16")
 
 
 @pytest.mark.parametrize("method", METHODS)

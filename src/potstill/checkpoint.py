@@ -20,6 +20,7 @@ from .errors import PotstillError
 from .exchange import HEADER, pack, read_tensors, unpack
 from .measure import Clock
 from .recipe import Recipe, to_dict
+from .replay import Experts
 from .still import Now, Still
 
 FORMAT = 1
@@ -59,6 +60,7 @@ class Ask:
     preset: str | None = None
     network: str | None = None
     init: str | None = None
+    experts: str | Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     holdout: float = 0.1
@@ -72,8 +74,14 @@ def ours(name: str) -> bool:
     return name in OURS or re.fullmatch(r"zca-[0-9a-f]{16}\.safetensors", name) is not None
 
 
-def open_folder(out: Path, resume: bool, force: bool) -> None:
+def open_folder(out: Path, resume: bool, force: bool, ours: Callable[[str], bool] = ours) -> None:
     """Make the run's folder, or see that an existing one may be used.
+
+    Args:
+        out: The folder.
+        resume: Whether what is there is to be continued.
+        force: Whether it is to be deleted.
+        ours: Whether a file of a given name is one that the run writes.
 
     Raises:
         PotstillError: It holds something else, or a run that was not to be continued.
@@ -84,10 +92,11 @@ def open_folder(out: Path, resume: bool, force: bool) -> None:
         inside = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
     except OSError as error:
         raise PotstillError(f"--out {out} cannot be used ({error.strerror})") from error
+    # a killed process leaves files half-written under the name that `write_whole` gives them meanwhile
     foreign = [
         n
         for n in inside
-        if (out / n).is_dir() or (not ours(n) and not n.startswith((".zca-", *(f".{o}." for o in OURS))))
+        if (out / n).is_dir() or not (ours(n) or (n.startswith(".") and ours(n[1:].rpartition(".")[0])))
     ]
     if foreign:
         raise PotstillError(
@@ -164,6 +173,8 @@ def check_same(
         PotstillError: The first setting that differs, with both values.
     """
     now = {"recipe": to_dict(recipe), "counts": counts, "seed": ask.seed, "holdout": ask.holdout, "device": ask.device}
+    source = recipe.source
+    now["experts"] = source.trajectories.mark if isinstance(source, Experts) else None
     now |= {"fingerprint": data.fingerprint, "transform": data.transform.name}
     if ask.steps is not None or "steps" in ask.settings:
         now["steps"] = recipe.steps
@@ -171,7 +182,12 @@ def check_same(
         now["compile"] = ask.compile == "on"
     if ask.precision != "auto":
         now["precision"] = ask.precision
-    then = {"transform": "standardise", **pinned, "recipe": {**pinned["recipe"], "steps": to_dict(recipe)["steps"]}}
+    then = {
+        "transform": "standardise",
+        "experts": None,
+        **pinned,
+        "recipe": {**pinned["recipe"], "steps": to_dict(recipe)["steps"]},
+    }
     for name, value in now.items():
         if then[name] != value:
             was = then[name]

@@ -15,7 +15,7 @@ from typing import Any
 from . import __version__
 from .errors import PotstillError, Stopped, unknown
 
-COMMANDS = ("distill", "evaluate", "export", "list", "show", "cite")
+COMMANDS = ("distill", "evaluate", "experts", "export", "list", "show", "cite")
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +64,9 @@ def parser() -> Parser:
     d.add_argument(
         "--recipe", type=Path, metavar="FILE", help="a recipe as `potstill show` prints it, in place of --method"
     )
+    d.add_argument(
+        "--experts", type=Path, metavar="DIR", help="networks that `potstill experts` recorded, in place of fresh ones"
+    )
     d.add_argument("--seed", type=int, default=0)
     d.add_argument(
         "--holdout", type=float, default=0.1, help="share of the training data kept for looks (default: 0.1)"
@@ -99,8 +102,29 @@ def parser() -> Parser:
     )
     e.add_argument("--seed", type=int, default=0)
     e.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    t = add(
+        "experts", "Train networks on the data and keep their weights at every epoch, for methods that replay them."
+    )
+    t.add_argument("data", help="as for `potstill distill`")
+    t.add_argument("--count", type=int, default=10, metavar="N", help="experts (default: 10)")
+    t.add_argument("--epochs", type=int, default=5, metavar="E", help="of each (default: 5)")
+    t.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the recording")
+    t.add_argument("--network", help="as for `potstill distill` (default: convnet; for vectors mlp)")
+    t.add_argument("--lr", type=float, default=0.01, help="learning rate of SGD (default: 0.01)")
+    t.add_argument("--momentum", type=float, default=0.0, help="of SGD (default: 0)")
+    t.add_argument("--weight-decay", type=float, default=0.0, help="of SGD (default: 0)")
+    t.add_argument("--batch", type=int, default=256, help="samples per step (default: 256)")
+    t.add_argument("--augment", default="dsa", help="dsa or none (default: dsa)")
+    t.add_argument("--transform", default="standardise", help="standardise, zca or none (default: standardise)")
+    t.add_argument("--seed", type=int, default=0)
+    t.add_argument(
+        "--holdout", type=float, default=0.1, help="share of the training data that no expert sees (default: 0.1)"
+    )
+    t.add_argument("--resume", action="store_true", help="continue the recording in the folder, or add experts to it")
+    t.add_argument("--force", action="store_true", help="start again in a folder that holds a recording")
     for p in (d, e):
         p.add_argument("--repeats", type=int, default=5, help="fresh networks for each number (default: 5)")
+    for p in (d, e, t):
         p.add_argument(
             "--data-root", type=Path, metavar="DIR", help="folder of downloaded data (default: $POTSTILL_DATA)"
         )
@@ -157,7 +181,7 @@ def _distill(args: argparse.Namespace) -> None:
     from .watch import tensorboard
 
     method: str | Recipe = read(args.recipe) if args.recipe else args.method
-    names = ("steps", "minutes", "preset", "network", "init", "transform", "budget", "seed", "holdout", "out", "data_root", "device", "precision",
+    names = ("steps", "minutes", "preset", "network", "init", "transform", "budget", "experts", "seed", "holdout", "out", "data_root", "device", "precision",
              "compile", "resume", "force", "repeats")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     with tensorboard(args.tensorboard) as watch:
@@ -190,6 +214,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     print(table(rows), flush=True)
     if args.json:
         write_json(args.json, rows)
+
+
+def _experts(args: argparse.Namespace) -> None:
+    from .experts import record
+
+    options = {k: v for k, v in vars(args).items() if k not in ("command", "data")}
+    made = record(args.data, **options, say=say, bar=progress_bar)
+    print(f"{made.count} experts of {made.epochs} epochs: {made.folder}")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -256,7 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a GPU's tools on a CPU's machine
     try:
         args = parser().parse_args(arguments)
-        dict(zip(COMMANDS, (_distill, _evaluate, _export, _list, _show, _cite), strict=True))[args.command](args)
+        dict(zip(COMMANDS, (_distill, _evaluate, _experts, _export, _list, _show, _cite), strict=True))[args.command](
+            args
+        )
         sys.stdout.flush()
         return 0
     except PotstillError as error:

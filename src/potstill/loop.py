@@ -25,10 +25,12 @@ from .measure import Clock, cost, reset_peak
 from .networks import network as build_network
 from .outcome import record_of, write
 from .recipe import Recipe, change, find
+from .replay import Experts
 from .still import Settings, Still, start_of
 from .students import is_kernel
 from .synthetic import Synthetic, counts_per_group, share
 from .teacher import School
+from .trajectories import open_experts
 from .transforms import check_transform, matrix_of
 
 SAVE_EVERY = 30.0  # seconds between checkpoints; they change no number
@@ -81,6 +83,13 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
             )
             say(f"preset {preset} ({why})")
     settings = dict(ask.settings)
+    recorded = with_experts(recipe, ask.experts)
+    if recorded is not recipe and isinstance(recorded.source, Experts):
+        recipe = recorded
+        if ask.network is None and "network" not in settings:
+            own = recorded.source.trajectories.meta["network"]
+            say(f"network {own}: that of the experts")
+            settings = {"network": own, "student": own, **settings}
     if ask.network is not None:
         settings = {"network": ask.network, "student": ask.network, **settings}
     elif len(data.shape) != 3 and recipe.network.startswith("convnet"):
@@ -93,6 +102,10 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
     if ask.steps is not None:
         settings["steps"] = ask.steps
     recipe = change(recipe, settings) if settings else recipe
+    if isinstance(recipe.source, Experts):
+        recipe = replace(recipe, source=replace(recipe.source, folder=str(ask.experts or "")))
+    if recipe.source is not None:
+        recipe.source.check(build_network(recipe.network, data.shape, data.task.outputs), data)
     protocol_of(recipe.protocol)
     for name in dict.fromkeys(n for n in (recipe.network, recipe.student) if not is_kernel(n)):
         for note in build_network(name, data.shape, data.task.outputs).notes:
@@ -104,6 +117,21 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
         say(f"augmentation without {', '.join(left)}: {why}")
         recipe = replace(recipe, augment=fitted)
     return recipe
+
+
+def with_experts(recipe: Recipe, folder: str | Path | None) -> Recipe:
+    """The recipe with recorded networks, where a folder of them is given, in place of those of its source.
+
+    A recipe that replays experts keeps its stretches of their trajectories; any other takes a network of any epoch.
+    """
+    if folder is None or recipe.source is None:
+        return recipe
+    source = recipe.source
+    if not isinstance(source, Experts):
+        if recipe.objective is not None and not recipe.objective.needs.network:
+            raise PotstillError(f"--experts: method '{recipe.method}' needs no network")
+        source = Experts(max_start=open_experts(folder).epochs + 1)
+    return replace(recipe, source=replace(source, folder=str(folder)))
 
 
 def plan(still: Still, minutes: float, spent: float, say: Callable[[str], None]) -> int:
@@ -315,6 +343,7 @@ def distill(
     preset: str | None = None,
     network: str | None = None,
     init: str | None = None,
+    experts: str | Path | None = None,
     transform: str | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -346,6 +375,7 @@ def distill(
         preset: `paper` or `small`.
         network: What the set is learned with and asks to be judged with.
         init: `real`, `noise`, `herding`, `k-center`, `k-means` or `k-means-centre`.
+        experts: Folder of networks recorded by `potstill experts`, for methods that replay them, or in place of fresh ones.
         transform: `standardise`, `zca` or `none`; that of the data, usually `standardise`, if absent.
         settings: Recipe fields to change, dotted path to value.
         seed: Of everything random.
@@ -380,7 +410,20 @@ def distill(
         check_transform(transform)
     counts = 1 if ipc is None else whole_numbers(ipc)
     ask = Ask(
-        method, counts, steps, minutes, preset, network, init, settings or {}, seed, holdout, device, precision, compile
+        method,
+        counts,
+        steps,
+        minutes,
+        preset,
+        network,
+        init,
+        experts,
+        settings or {},
+        seed,
+        holdout,
+        device,
+        precision,
+        compile,
     )
     check_device(device)
     keep_memory()

@@ -13,7 +13,7 @@ import re
 import tomllib
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from .augment import Augment
 from .errors import PotstillError, unknown
 from .functional import OPTIMISERS, Optimiser
 from .objectives import OBJECTIVES, Objective
-from .sources import SOURCES, Source
+from .replay import Experts
+from .sources import Pool, Source
 from .synthetic import INITIALISERS, SELECTORS
 
 
@@ -111,6 +112,7 @@ class Recipe:
 LEARNABLE = ("inputs", "labels", "lr")
 SPACES = ("pixels", "features", "random-features")
 LABELS = ("hard", "soft", "logits", "centred")
+SOURCES: dict[str, type[Source]] = {"pool": Pool, "experts": Experts, "none": Source}
 _KINDS: dict[str, Mapping[str, type]] = {"objective": OBJECTIVES, "source": SOURCES}
 
 
@@ -234,7 +236,10 @@ def change(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
                 raise unknown("recipe table", ".".join(parents[: i + 1]), known, "`potstill show METHOD` shows all")
             at = at[name]
         at[last] = value
-    return from_dict(plain, recipe)
+    changed = from_dict(plain, recipe)
+    if isinstance(changed.source, Experts) and isinstance(recipe.source, Experts):
+        changed = replace(changed, source=replace(changed.source, folder=recipe.source.folder))
+    return changed
 
 
 def find(name: str, preset: str | None = None, ipc: int = 1) -> Recipe:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .augment import Augment
-from .data import Classification
+from .data import Classification, Data
 from .errors import PotstillError, unknown
 from .functional import SGD, Adam, Key, Tree, detach, to
 from .networks import Network, State, blend
@@ -41,6 +41,13 @@ class Source:
             progress: Share of the run that is done, 0 to 1.
         """
         return 0, Net(network, State({}, {}))
+
+    def check(self, network: Network, data: Data) -> None:
+        """Refuse what does not fit, before any step.
+
+        Raises:
+            PotstillError: The source's networks are for another network or other data.
+        """
 
     def calibrate(self, net: Net, x: Tensor) -> Net:
         """The network with the batch statistics of x (N, *shape) as its stored ones."""
@@ -146,6 +153,3 @@ class Pool(Source):
     def optimiser(self) -> SGD | Adam:
         """What trains its networks."""
         return RULES[self.rule](self.lr)
-
-
-SOURCES: dict[str, type[Source]] = {"pool": Pool, "none": Source}

@@ -19,6 +19,7 @@ from .networks import narrow, network
 from .objectives import ByGroup, Net, Real, Sizes, Uniform
 from .recipe import Recipe, to_dict
 from .records import processor
+from .replay import Experts
 from .students import Ridge, Walker, is_kernel, own_kernel
 from .synthetic import Synthetic, initialise
 from .teacher import School
@@ -63,6 +64,7 @@ class Settings:
             **{k: v for k, v in vars(self).items() if k != "recipe"},
             "recipe": to_dict(self.recipe),
             "fingerprint": data.fingerprint,
+            "experts": source.trajectories.mark if isinstance(source := self.recipe.source, Experts) else None,
             "transform": data.transform.name,
             "torch": torch.__version__,
             "processor": processor(),

@@ -62,11 +62,11 @@ class Point:
         now = still.fresh()
         _, net, real, draws = still.inputs_of(now, step)
         self.still, self.own, self.draws = still, _double(now.own), _double(draws)
-        self.net = Net(net.network, _double(net.state))
+        self.net = Net(net.network, *_double(tuple(net)[1:]))
         self.real = None if real is None else type(real)(*_double(tuple(real)))
         self.learned = _double(now.learned)
         with torch.no_grad():
-            self.target = None if self.real is None else still.objective.target(self.real, self.net, self.draws)
+            self.target = still.objective.target(self.real, self.net, self.draws)
 
     def synthetic(self, learned: dict[str, Tensor]) -> Any:
         s = self.still.synthetic(learned)
@@ -205,7 +205,7 @@ def draws_anew_each_step(recipe: Recipe, data: Data) -> None:
     first, second, again = (still.inputs_of(now, step) for step in (0, 1, 0))
     assert _equal((first[1].state, *first[2:]), (again[1].state, *again[2:])), "the same step draws other numbers"
     for what, a, b in (("real batch", first[2], second[2]), ("network", first[1].state, second[1].state)):
-        assert not leaves(a) or not _equal(a, b), f"two steps have the same {what}"
+        assert a is None or not leaves(a) or not _equal(a, b), f"two steps have the same {what}"
     if leaves(first[3]):
         assert not _equal(first[3], second[3]), "two steps have the same draws"
 

@@ -35,8 +35,8 @@ class Protocol:
         momentum: Of SGD.
         weight_decay: Added to the gradient, times the weights.
         schedule: `drop` (a tenth of the rate after half of the steps), `cycle` (up to the rate over a fifth of the
-            steps, then down to nothing, both linear) or `warm` (up to the rate over 500 steps, half of them where there are
-            fewer than 1,000, then down to a hundredth along a cosine).
+            steps, then down to nothing, both linear), `warm` (up to the rate over 500 steps, half of them where there are
+            fewer than 1,000, then down to a hundredth along a cosine) or `constant`.
         augment: Drawn anew for every step; the operation per step, its parameters per sample.
         rule: `sgd` or `adam`.
         fit: The loss: `cross-entropy`, or `squared` for outputs near centred labels.
@@ -76,6 +76,8 @@ class Protocol:
 
     def rate(self, step: int, total: int) -> float:
         """Learning rate of a step."""
+        if self.schedule == "constant":
+            return self.lr
         if self.schedule == "drop":
             return self.lr if step < (total + 1) // 2 else 0.1 * self.lr
         if self.schedule == "warm":
@@ -146,7 +148,7 @@ class Trainer:
         self.optimiser: SGD | Adam = SGD(protocol.lr, protocol.momentum, protocol.weight_decay)
         if protocol.rule == "adam":
             self.optimiser = Adam(protocol.lr, weight_decay=protocol.weight_decay)
-        self._step = compiled(self._update, compile)
+        self.step = compiled(self._update, compile)
         self._score = Scorer(net, task, compile, device)
 
     def _one(self, state: State, slow: Tree, x: Tensor, y: Tensor, rate: Tensor) -> tuple[State, Tree, Tensor]:
@@ -221,12 +223,10 @@ class Trainer:
                 # the operation is drawn per step (1), its parameters per sample (batch)
                 drawn = {k: torch.stack([d[k][j, : at.shape[1]] for d in draws]).to(self.device) for k in draws[0]}
                 rate = torch.tensor(self.protocol.rate(epoch * each + j, epochs * each), device=self.device)
-                states, slow, _ = self._step(states, slow, x[rows, at], y[rows, at], drawn, rate)
+                states, slow, _ = self.step(states, slow, x[rows, at], y[rows, at], drawn, rate)
                 if decay:
-                    mean, averaged = (
-                        tree_map(lambda m, p: decay * m + (1 - decay) * p, mean, states.params),
-                        averaged + 1,
-                    )
+                    mean = tree_map(lambda m, p: decay * m + (1 - decay) * p, mean, states.params)
+                    averaged += 1
                 tick(len(sets))
         if averaged:
             states = State(tree_map(lambda m: m / (1 - decay**averaged), mean), states.buffers)

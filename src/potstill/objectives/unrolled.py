@@ -121,7 +121,7 @@ class Unroll(Objective):
 
         def step(state: Tree, learned: dict[str, Tensor], given: Tree) -> Tree:
             params, buffers, slow = state
-            s = Synthetic(learned, given["fixed"], *given["groups"], labels)
+            s = Synthetic(learned, given["fixed"], given["groups"][0], given["groups"][1], labels)
             x, y = s.take(given["index"])
             x = self.augment(x[None], given["augment"])[0]
 
