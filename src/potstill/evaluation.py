@@ -109,8 +109,9 @@ class Judge:
         prepare: Callable[[Tensor], Tensor],
         net_name: str,
         varied: bool = False,
+        raw: bool = False,
     ) -> Result:
-        """Scores on the test data of networks trained on the given sets, one each."""
+        """Scores on the test data of networks trained on the given sets, one each; `prepare` is for test inputs and raw sets."""
         net = network(net_name, self.data.shape, self.data.task.outputs)
         precision = choose_precision(self.precision, self.device, net)
         net = net.at(PRECISIONS[precision])
@@ -124,7 +125,7 @@ class Judge:
         start = time.perf_counter()
         bar = self.bar(len(sets) * epochs * each, f"{name} on {net.name}", 0) if self.bar else None
         keys = [Key(self.seed).fold("evaluate", r) for r in range(len(sets))]
-        states = trainer.fit(sets, keys, bar.update if bar is not None else lambda n: None)
+        states = trainer.fit(sets, keys, bar.update if bar is not None else lambda n: None, prepare if raw else None)
         scores = [trainer.score(s, self.data.test.inputs, self.data.test.labels, prepare) for s in states]
         if bar is not None:
             bar.close()
@@ -234,9 +235,8 @@ class Judge:
                 f"whole set: not measured, about {seconds / 60:.0f} min here; --baselines random,whole measures it"
             )
             return None
-        pair = (self.data.prepare(train.inputs), train.labels)
-        result = whole.judge("whole training set", "whole", None, [pair], self.data.prepare, net_name)
-        result = replace(result, input_bytes=train.inputs.nbytes, label_bytes=train.labels.nbytes)
+        pair = (train.inputs, train.labels)
+        result = whole.judge("whole training set", "whole", None, [pair], self.data.prepare, net_name, raw=True)
         if named:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, asdict(result))

@@ -93,10 +93,9 @@ class Recipe:
                 raise PotstillError(f"recipe: {name} = {getattr(self, name)} is below 0 or above 1,000,000,000")
         if self.objective is None and self.steps:
             raise PotstillError(f"method '{self.method}' has no objective and takes 0 steps, not {self.steps}")
-        for path, part in (("objective", self.objective), ("source", self.source)):
-            _check_rates(path, part)
-        for name, rule in self.optimiser.items():
-            _check_rates(f"optimiser.{name}", rule)
+        parts: dict[str, Any] = {"objective": self.objective, "source": self.source}
+        for path, at in {**parts, **{f"optimiser.{k}": v for k, v in self.optimiser.items()}}.items():
+            _check_rates(path, at)
 
 
 LEARNABLE = ("inputs",)
@@ -239,8 +238,8 @@ def change(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
                 raise unknown("recipe table", ".".join(parents[: i + 1]), known, "`potstill show METHOD` shows all")
             at = at[name]
         if last == "kind" and parents:
-            known = _fields_of_kind(parents[0], value)
-            for name in [n for n in at if known is not None and n not in known]:
+            fields = _fields_of_kind(parents[0], value)
+            for name in [n for n in at if fields is not None and n not in fields]:
                 del at[name]
         at[last] = value
     return from_dict(plain, recipe)
