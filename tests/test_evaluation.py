@@ -184,6 +184,7 @@ def test_the_whole_set_is_prepared_a_batch_at_a_time(short, monkeypatch, transfo
     monkeypatch.setattr(Data, "prepare", lambda self, raw: sizes.append(len(raw.flatten(0, -4))) or prepare(self, raw))
     data = replace(data, test=data.test[::9])
     got = Judge(data, PROTOCOLS["dc"]).whole("mlp-w16")
+    assert len(sizes) > 30 * 9, "not in each of the steps"
     teacher = School(data, 0).teacher("mlp-w16")
     assert max(sizes) <= 8
     assert got.input_bytes == data.train.inputs.nbytes and got.images == 72
