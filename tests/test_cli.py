@@ -181,6 +181,18 @@ def test_a_full_disk_at_the_report_is_one_line(tmp_path, npz):
     assert len(potstill.load(tmp_path / "run")) == 3
 
 
+@pytest.mark.parametrize(("command", "resumes"), [("distill", True), ("evaluate", False)])
+def test_ctrl_c_promises_only_what_there_is(capsys, monkeypatch, command, resumes):
+    def pressed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("potstill.loop.distill", pressed)
+    monkeypatch.setattr("potstill.evaluation.evaluate", pressed)
+    assert main([command, "digits"]) == 130
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("potstill: interrupted") and "\n" not in error and ("--resume" in error) == resumes
+
+
 def test_a_folder_with_something_else(capsys, tmp_path, npz):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

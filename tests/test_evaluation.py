@@ -10,6 +10,7 @@ from torch import nn
 
 import potstill
 from potstill.augment import Augment
+from potstill.data import Data
 from potstill.errors import PotstillError
 from potstill.evaluation import Judge, fitting
 from potstill.exchange import DistilledSet, describe_set
@@ -17,6 +18,7 @@ from potstill.functional import Key
 from potstill.methods import DSA, METHODS
 from potstill.networks import network
 from potstill.recipe import change
+from potstill.teacher import School
 from potstill.testing import toy
 from potstill.training import PROTOCOLS, Protocol, Trainer
 
@@ -171,6 +173,32 @@ def test_the_sets_own_transform_prepares_the_test_data(short):
     shifted = {"name": "standardise", "mean": [50.0], "std": [0.01], "trailing": 2}
     wrong = potstill.evaluate(real_set(data, transform=shifted), data, networks=["mlp-w64"], repeats=1)[0]
     assert right.accuracy_mean > 0.8 > wrong.accuracy_mean
+
+
+@pytest.mark.parametrize("transform", ["standardise", "zca"])
+def test_the_whole_set_is_prepared_a_batch_at_a_time(short, monkeypatch, transform):
+    """A set that is mapped because it is large never lies in memory whole; the numbers are those of doing all beforehand."""
+    monkeypatch.setitem(PROTOCOLS, "whole", replace(PROTOCOLS["whole"], batch=8))
+    data, sizes = toy(sizes=(24, 24, 24)).with_transform(transform), []
+    prepare = Data.prepare
+    monkeypatch.setattr(Data, "prepare", lambda self, raw: sizes.append(len(raw.flatten(0, -4))) or prepare(self, raw))
+    data = replace(data, test=data.test[::9])
+    got = Judge(data, PROTOCOLS["dc"]).whole("mlp-w16")
+    assert len(sizes) > 30 * 9, "not in each of the steps"
+    teacher = School(data, 0).teacher("mlp-w16")
+    assert max(sizes) <= 8
+    assert got.input_bytes == data.train.inputs.nbytes and got.images == 72
+    trainer = Trainer(network("mlp-w16", data.shape, 3), PROTOCOLS["whole"], data.task, False, "cpu")
+    pair = (prepare(data, data.train.inputs), data.train.labels)
+    (before,) = trainer.fit([pair], [Key(0).fold("teacher")], lambda n: None)
+    for k, v in before.params.items():
+        assert torch.equal(teacher.state.params[k], v) or (
+            transform == "zca" and torch.allclose(teacher.state.params[k], v, atol=1e-4)
+        )
+    (judged,) = trainer.fit([pair], [Key(0).fold("evaluate", 0)], lambda n: None)
+    assert got.accuracies == [
+        round(trainer.score(judged, data.test.inputs, data.test.labels, lambda x: prepare(data, x)), 6)
+    ]
 
 
 def test_the_whole_set_is_measured_once(short, tmp_path):

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_exchange import data_of, set_of
+from test_exchange import data_of, meta_of, set_of
 
 import potstill
 from potstill import records
 from potstill.cli import main
 from potstill.errors import PotstillError, Stopped
-from potstill.exchange import load
+from potstill.exchange import DistilledSet, load
 from potstill.export import FORMATS, NAME, export_set, safe_name
 from potstill.foreign import read
 from potstill.records import write_folder
+from potstill.transforms import describe
 
 
 def saved(tmp_path, **options):
@@ -326,13 +327,45 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_transform_that_a_format_cannot_state_is_refused(tmp_path):
-    made = set_of()
-    made.meta.transform["name"] = "zca"
-    for to in ("npz", "parquet"):
-        with pytest.raises(PotstillError, match="has the transform 'zca'"):
-            export_set(made, to, tmp_path / to)
-    assert not list(tmp_path.iterdir())
+def real_set(transform, shape=(3, 6, 5), kind="bytes"):
+    """A set of the first training samples as they are under a transform, and the raw samples."""
+    data, raw = data_of(shape, kind)
+    data = data.with_transform(transform)
+    meta = replace(meta_of(data_of(shape, kind)[0]), transform=describe(data.transform))
+    inputs = data.prepare(data.train.inputs[[0, 1, 4, 2]])
+    matrix = data.transform.matrix if transform == "zca" else None
+    made = DistilledSet(inputs, torch.tensor([0, 1, 1, 2]), meta, matrix=matrix)
+    return data, raw[[0, 1, 4, 2]].astype(np.float64), made
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 5), (2, 4, 6), (7,)])
+@pytest.mark.parametrize("transform", ["zca", "none"])
+@pytest.mark.parametrize("kind", ["bytes", "floats"])
+def test_other_transforms_are_undone_to_mean_and_deviation(tmp_path, transform, shape, kind):
+    """What lies in the file leads back to the raw samples with nothing but what lies beside it."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    data, raw, made = real_set(transform, shape, kind)
+    with np.load(export_set(made, "npz", tmp_path / "a.npz")) as f:
+        back = (f["x_train"].astype(np.float64) * f["std"] + f["mean"]) * f["scale"]
+        assert np.abs(back - raw).max() < 0.02 * raw.std()
+        assert np.abs(f["x_train"] - made.inputs.numpy()).max() < 1e-6 or transform == "zca"
+        assert ("whitening is undone" in str(f["readme"])) == (transform == "zca")
+    (again,) = read(tmp_path / "a.npz", data)  # states its own mean and deviation: judged as it is
+    assert torch.allclose(again.images, made.images, atol=1e-2)
+    out = export_set(made, "parquet", tmp_path / "b.parquet")
+    assert torch.equal(torch.tensor(pq.read_table(out).column("input").to_pylist()), again.inputs)
+
+
+@pytest.mark.parametrize("transform", ["zca", "none"])
+def test_the_card_of_png_leads_to_the_standardised_space(tmp_path, monkeypatch, transform):
+    data, raw, made = real_set(transform)
+    export_set(made, "png", tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    got = torch.stack([x for x, _ in ran(tmp_path / "out" / "README.md")["set_"]])
+    plain = data.transform.standardise if transform == "zca" else None
+    mean, std = (np.reshape(v, (-1, 1, 1)) for v in ((plain.mean, plain.std) if plain else ([0.0] * 3, [1.0] * 3)))
+    expected = (raw / 255 - mean) / std
+    assert np.abs(got.numpy() - expected).max() < 0.02
 
 
 def test_the_command(capsys, tmp_path):

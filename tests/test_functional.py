@@ -175,6 +175,16 @@ def test_draws_leave_the_global_generators_alone():
         assert all(map(torch.equal, first, draw()))  # and do not depend on them
 
 
+def test_draws_do_not_depend_on_torchs_default_type():
+    before = [Key(0).normal(5), Key(0).uniform(5, low=-1.0)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        after = [Key(0).normal(5), Key(0).uniform(5, low=-1.0)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
 def test_draws_are_independent_standard_normals():
     """Moments of 200 keys' draws, and of neighbours' products, within five standard errors."""
     n, m = 200, 500

@@ -9,8 +9,9 @@ from potstill import recipe as recipes
 from potstill.augment import Augment
 from potstill.errors import PotstillError
 from potstill.experts import record
+from potstill.functional import SGD, Adam
 from potstill.methods import CITATIONS, METHODS, PRESETS, cite
-from potstill.objectives import Unroll
+from potstill.objectives import DistributionMatching, Unroll
 from potstill.replay import Experts
 from potstill.testing import CHECKS, check_method, toy
 
@@ -91,6 +92,15 @@ def test_every_method_cites_its_paper(method):
         ({"objective.real": 0}, "objective.real = 0 is below 1"),
         ({"learn": []}, "nothing is learned"),
         ({"method": "../../etc"}, "is no name"),
+        ({"optimiser.inputs.lr": -0.1}, "optimiser.inputs.lr' is -0.1; it must be at least 0 and finite"),
+        ({"optimiser.inputs.lr": float("inf")}, "optimiser.inputs.lr' is inf"),
+        ({"optimiser.inputs.momentum": 1}, "optimiser.inputs.momentum' is 1; it must be at least 0 and below 1"),
+        ({"optimiser.inputs.weight_decay": -1}, "optimiser.inputs.weight_decay"),
+        ({"optimiser.inputs.kind": "adam", "optimiser.inputs.beta2": 1.0}, "optimiser.inputs.beta2"),
+        ({"source.lr": -1}, "source.lr' is -1"),
+        ({"objective.kind": "gradient", "objective.eps": -1e-6}, "objective.eps"),
+        ({"optimiser.inputs.kind": "adam", "optimiser.inputs.momentum": 0.5}, "optimiser.inputs.momentum"),
+        ({"kind": "adam"}, "no recipe field 'kind'"),
     ],
 )
 def test_a_wrong_field_is_named(settings, words):
@@ -103,6 +113,22 @@ def test_set_changes_one_field():
     changed = recipes.change(paper, {"optimiser.inputs.lr": 3, "objective.real": 8})
     assert changed.optimiser["inputs"].lr == 3.0 and changed.objective.real == 8
     assert recipes.change(changed, {"optimiser.inputs.lr": 1.0, "objective.real": 256}) == paper
+
+
+def test_another_kind_keeps_what_both_have_and_takes_its_own_defaults():
+    """Whatever the order of the settings, and back again."""
+    paper = recipes.change(METHODS["dm"]("paper"), {"optimiser.inputs.lr": 0.25, "optimiser.inputs.weight_decay": 0.5})
+    for settings in (
+        {"optimiser.inputs.kind": "adam", "optimiser.inputs.beta1": 0.8},
+        {"optimiser.inputs.beta1": 0.8, "optimiser.inputs.kind": "adam"},
+    ):
+        made = recipes.change(paper, settings)
+        assert made.optimiser["inputs"] == Adam(lr=0.25, beta1=0.8, weight_decay=0.5)
+        assert recipes.change(made, {"optimiser.inputs.kind": "sgd"}).optimiser["inputs"] == SGD(0.25, 0.0, 0.5)
+    same = recipes.change(paper, {"optimiser.inputs.kind": "sgd"})
+    assert same == paper and same.optimiser["inputs"].momentum == 0.5
+    gradient = recipes.change(METHODS["dc"]("paper"), {"objective.real": 7, "objective.eps": 1e-3})
+    assert recipes.change(gradient, {"objective.kind": "distribution"}).objective == DistributionMatching(real=7)
 
 
 def test_an_adam_recipe_round_trips():

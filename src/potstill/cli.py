@@ -285,6 +285,7 @@ def _cite(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if all went well, 2 for a user's mistake, 1 for a run that stopped, 130 for Ctrl-C."""
+    args = argparse.Namespace(command="")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a GPU's tools on a CPU's machine
     try:
         args = parser().parse_args(arguments)
@@ -300,7 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"potstill: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\npotstill: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        resumes = "; the same command with --resume goes on from here" if args.command == "distill" else ""
+        print(f"\npotstill: interrupted{resumes}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `potstill list methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

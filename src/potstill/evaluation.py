@@ -113,6 +113,7 @@ class Judge:
         asks: DistilledSet | None = None,
         varied: bool = False,
         labels: str = "hard",
+        raw: bool = False,
     ) -> Result:
         """Scores on the test data of students fitted to the given sets, one each.
 
@@ -126,6 +127,7 @@ class Judge:
             asks: The set whose learned rates, steps or kernel are used where the protocol or the student calls for them.
             varied: Whether each student has a set of its own.
             labels: Convention of the labels.
+            raw: Whether the inputs of the sets are raw, too, and prepared a batch at a time.
         """
         protocol = self.resolved(asks)
         if is_kernel(net_name) and not varied:
@@ -138,7 +140,7 @@ class Judge:
         start = time.perf_counter()
         bar = self.bar(len(sets) * trainer.steps(samples), f"{name} on {trainer.name}", 0) if self.bar else None
         keys = [Key(self.seed).fold("evaluate", r) for r in range(len(sets))]
-        states = trainer.fit(sets, keys, bar.update if bar is not None else lambda n: None)
+        states = trainer.fit(sets, keys, bar.update if bar is not None else lambda n: None, prepare if raw else None)
         scores = [trainer.score(s, self.data.test.inputs, self.data.test.labels, prepare) for s in states]
         if bar is not None:
             bar.close()
@@ -283,9 +285,8 @@ class Judge:
                 f"whole set: not measured, about {seconds / 60:.0f} min here; --baselines random,whole measures it"
             )
             return None
-        pair = (self.data.prepare(train.inputs), train.labels)
-        result = whole.judge("whole training set", "whole", None, [pair], self.data.prepare, net_name)
-        result = replace(result, input_bytes=train.inputs.nbytes, label_bytes=train.labels.nbytes)
+        pair = (train.inputs, train.labels)
+        result = whole.judge("whole training set", "whole", None, [pair], self.data.prepare, net_name, raw=True)
         if named:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, asdict(result))

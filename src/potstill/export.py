@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from .errors import PotstillError, unknown
 from .exchange import DistilledSet, load
 from .records import check_free, read_json, write_folder, write_whole
-from .transforms import Standardise
+from .transforms import ZCA, Standardise, describe
 
 FORMATS = ("png", "npz", "parquet")
 FILES = {"npz": "set.npz", "parquet": "train.parquet"}  # in the folder that is made where PATH names no file
@@ -49,12 +50,13 @@ def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> P
     made = source if isinstance(source, DistilledSet) else load(source)
     results = [] if isinstance(source, DistilledSet) else _results(Path(source))
     _check(made)
+    whitened, made = isinstance(made.standardise, ZCA), standardised(made)
     out = Path(out)
     check_free(out)
     single = FILES.get(to) is not None and out.suffix == f".{to}" and not out.is_dir()
     if single and not out.parent.is_dir():
         raise PotstillError(f"--out {out} is a file in a folder that is not there")
-    text = card(made, to, out.name if single else FILES.get(to, ""), results)
+    text = card(made, to, out.name if single else FILES.get(to, ""), results, whitened)
     if to == "png":
         files = _png(made)
     else:
@@ -76,6 +78,22 @@ def _check(made: DistilledSet) -> None:
         raise PotstillError(
             "the set's header is damaged: its scale, limits, transform or class names are not what they must be"
         )
+
+
+def standardised(made: DistilledSet) -> DistilledSet:
+    """The same set in the space that mean and standard deviation alone lead to: whitening is undone, and where nothing was
+    done to the inputs they are 0 and 1.
+
+    Args:
+        made: A set under any transform.
+    """
+    t, inputs = made.standardise, made.inputs
+    if isinstance(t, Standardise):
+        return made
+    channels = made.shape[0]
+    plain = t.standardise if isinstance(t, ZCA) else Standardise((0.0,) * channels, (1.0,) * channels, inputs.ndim - 2)
+    meta = replace(made.meta, transform=describe(plain))
+    return DistilledSet(plain.apply(t.invert(inputs)), made.labels, meta, made.lr)
 
 
 def safe_name(name: str) -> str:
@@ -127,20 +145,10 @@ def _png(made: DistilledSet) -> Iterator[tuple[str, bytes]]:
     yield "labels.json", (json.dumps(about, indent=1) + "\n").encode()
 
 
-def _arrays(made: DistilledSet) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, as they are set against a batch of inputs.
-
-    Raises:
-        PotstillError: The set has been through more than them.
-    """
-    t = made.standardise if made.meta.transform.get("name") == "standardise" else None
-    if not isinstance(t, Standardise):
-        raise PotstillError(
-            f"--to npz and --to parquet state mean and standard deviation, and the set has the transform "
-            f"'{made.meta.transform.get('name')}'; --to png, or the set.safetensors itself, which holds all of it"
-        )
-    mean, std = (np.array(v, np.float32).reshape(-1, *(1,) * t.trailing) for v in (t.mean, t.std))
-    return mean, std
+def _arrays(made: DistilledSet) -> list[np.ndarray]:
+    """Mean and standard deviation, as they are set against a batch of inputs."""
+    t = made.meta.transform
+    return [np.array(t[column], np.float32).reshape(-1, *(1,) * t["trailing"]) for column in ("mean", "std")]
 
 
 def _npz(made: DistilledSet, text: str) -> bytes:
@@ -181,7 +189,6 @@ def _parquet(made: DistilledSet, text: str) -> bytes:
     except ImportError as error:
         raise PotstillError(f"--to parquet needs pyarrow ({error}); pip install 'potstill[parquet]'") from error
 
-    _arrays(made)  # says so where the card could not tell how inputs were made
     pictures, soft = _pictures(made), _soft(made)
     columns: dict[str, Any] = {}
     features: dict[str, Any] = {}
@@ -262,15 +269,20 @@ SPACE = {
 }
 
 
-def card(made: DistilledSet, to: str, file: str, results: list[dict[str, Any]]) -> str:
+WHITENED = (
+    " The set itself is whitened (`zca`), and networks are meant to be trained on it so: `set.safetensors` and `potstill.load` "
+    "give it. Here the whitening is undone, which needs no matrix; what is trained on these files as they are can score otherwise."
+)
+
+
+def card(made: DistilledSet, to: str, file: str, results: list[dict[str, Any]], whitened: bool = False) -> str:
     """A data card in Markdown with a YAML header: what the set is, what is not known of it, how to use it."""
     m, picture = made.meta, len(made.shape) == 3
     size = next((s for s, n in (("n<1K", 10**3), ("1K<n<10K", 10**4)) if len(made) < n), "10K<n<100K")
     title = f"{_plain(m.method)} on {_plain(m.data)}, {len(made)} samples"
     ipc = str(m.ipc[0]) if len(set(m.ipc)) == 1 else ", ".join(map(str, m.ipc))
-    plain = m.transform.get("name") == "standardise"
-    few = plain and len(m.transform["mean"]) <= 16
-    mean, std = (list(m.transform["mean"]), list(m.transform["std"])) if plain else ([], [])
+    mean, std = list(m.transform["mean"]), list(m.transform["std"])
+    few = len(mean) <= 16
     if to == "png":  # a picture's 0 and 1 are the set's limits
         low, high = m.limits
         mean, std = [(v - low) / (high - low) for v in mean], [v / (high - low) for v in std]
@@ -282,7 +294,7 @@ def card(made: DistilledSet, to: str, file: str, results: list[dict[str, Any]]) 
         mean=mean,
         std=std,
         view=".view(-1, 1, 1)" if picture else "",
-        prepare=f", v2.Normalize({mean}, {std})" if plain else "",
+        prepare=f", v2.Normalize({mean}, {std})",
     )
     lines = [
         "---", "license: unknown", f"pretty_name: {json.dumps(title)}", "task_categories:",
@@ -295,7 +307,7 @@ def card(made: DistilledSet, to: str, file: str, results: list[dict[str, Any]]) 
         f"| learned learning rate | {'none' if made.lr is None else made.lr.tolist()} |",
         f"| mean, standard deviation | {made_with(made).replace('/', ' / ') if few else 'with the set'} |",
         f"| asks for | network {_plain(m.student)}, protocol {_plain(m.protocol)} |", f"| steps, seed | {_plain(m.steps)}, {_plain(m.seed)} |", "",
-        LICENCE, "", "**What the files hold.** " + SPACE[to], "", "## Use", "", "```python",
+        LICENCE, "", "**What the files hold.** " + SPACE[to] + (WHITENED if whitened else ""), "", "## Use", "", "```python",
         "import numpy as np, torch" if to == "npz" else "import torch", use, "```", "", "## Accuracy", "",
     ]  # fmt: skip
     if results:

@@ -278,4 +278,6 @@ def _unpickled(file: Path) -> Any:
             raise PotstillError(
                 f"{file} is refused: it wants {name} to be run, and a set needs tensors and numbers only"
             ) from error
-        raise PotstillError(f"{file} is damaged, or no .pt of tensors and numbers ({first_line(error)})") from error
+        found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))  # what lies behind PyTorch's advice on options
+        why = found[1][:120] if found else first_line(error)
+        raise PotstillError(f"{file} is damaged, or no .pt of tensors and numbers ({why})") from error

@@ -54,11 +54,11 @@ class Key:
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal float32 numbers of the given shape."""
-        return torch.randn(shape, generator=self.generator())
+        return torch.randn(shape, generator=self.generator(), dtype=torch.float32)  # whatever torch's default is
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform float32 numbers in [low, high) of the given shape."""
-        return torch.rand(shape, generator=self.generator()) * (high - low) + low
+        return torch.rand(shape, generator=self.generator(), dtype=torch.float32) * (high - low) + low
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Uniform int64 numbers in [0, high) of the given shape."""

@@ -107,6 +107,9 @@ class Recipe:
                 raise PotstillError(f"recipe: {name} = {getattr(self, name)} is below 0 or above 1,000,000,000")
         if self.objective is None and self.steps:
             raise PotstillError(f"method '{self.method}' has no objective and takes 0 steps, not {self.steps}")
+        parts: dict[str, Any] = {"objective": self.objective, "source": self.source}
+        for path, at in {**parts, **{f"optimiser.{k}": v for k, v in self.optimiser.items()}}.items():
+            _check_rates(path, at)
 
 
 LEARNABLE = ("inputs", "labels", "lr")
@@ -131,6 +134,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+RATES = {"lr": math.inf, "weight_decay": math.inf, "eps": math.inf, "momentum": 1.0, "beta1": 1.0, "beta2": 1.0}
+
+
+def _check_rates(path: str, part: Any) -> None:
+    """Refuse a rate below 0, or not below what `RATES` allows: whatever the part, a name means the same."""
+    for name, end in RATES.items():
+        value = getattr(part, name, 0.0)
+        if isinstance(value, int | float) and not 0 <= value < end:
+            allowed = "at least 0 and finite" if end == math.inf else f"at least 0 and below {end:g}"
+            raise PotstillError(f"recipe field '{path}.{name}' is {value:g}; it must be {allowed}")
 
 
 def kind_of(value: Any) -> str:
@@ -219,7 +234,9 @@ def change(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
 
     Args:
         recipe: The recipe to start from.
-        settings: Dotted path to value: `{"optimiser.inputs.lr": 2.0, "objective.real": 64}`.
+        settings: Dotted path to value: `{"optimiser.inputs.lr": 2.0, "objective.real": 64}`. With another `kind` a part
+            keeps the fields that both kinds have, and takes the new kind's defaults for the rest; kinds come first,
+            whatever the order.
 
     Example:
         >>> from potstill.methods import METHODS
@@ -227,7 +244,7 @@ def change(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
         64
     """
     plain = to_dict(recipe)
-    for path, value in settings.items():
+    for path, value in sorted(settings.items(), key=lambda setting: not setting[0].endswith(".kind")):
         *parents, last = path.split(".")
         at = plain
         for i, name in enumerate(parents):
@@ -235,11 +252,22 @@ def change(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
                 known = [".".join([*parents[:i], k]) for k, v in at.items() if isinstance(v, dict)]
                 raise unknown("recipe table", ".".join(parents[: i + 1]), known, "`potstill show METHOD` shows all")
             at = at[name]
+        if last == "kind" and parents:
+            fields = _fields_of_kind(parents[0], value)
+            for name in [n for n in at if fields is not None and n not in fields]:
+                del at[name]
         at[last] = value
     changed = from_dict(plain, recipe)
     if isinstance(changed.source, Experts) and isinstance(recipe.source, Experts):
         changed = replace(changed, source=replace(changed.source, folder=recipe.source.folder))
     return changed
+
+
+def _fields_of_kind(part: str, kind: Any) -> set[str] | None:
+    """Names of the fields of a kind of objective, source or optimiser; nothing where there is no such kind."""
+    table = {**_KINDS, "optimiser": OPTIMISERS}.get(part, {})
+    cls = table.get(kind) if isinstance(kind, str) else None
+    return None if cls is None else {f.name for f in dataclasses.fields(cls)}
 
 
 def find(name: str, preset: str | None = None, ipc: int = 1) -> Recipe:

@@ -114,11 +114,16 @@ class Walker:
         return self.objective.steps
 
     def fit(
-        self, sets: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Key], tick: Callable[[int], object]
+        self,
+        sets: Sequence[tuple[Tensor, Tensor]],
+        keys: Sequence[Key],
+        tick: Callable[[int], object],
+        prepare: Prepare | None = None,
     ) -> list[State]:
         """As `Trainer.fit`."""
         states = []
         for (x, y), key in zip(sets, keys, strict=True):
+            x = prepare(x) if prepare else x
             learned = to({"inputs": x, "lr": self.lr.log()}, self.device)
             fixed = to({"labels": y}, self.device)
             s = Synthetic(learned, fixed, self.index.to(self.device), self.mask.to(self.device), self.labels)
@@ -154,12 +159,16 @@ class Ridge:
         return 1
 
     def fit(
-        self, sets: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Key], tick: Callable[[int], object]
+        self,
+        sets: Sequence[tuple[Tensor, Tensor]],
+        keys: Sequence[Key],
+        tick: Callable[[int], object],
+        prepare: Prepare | None = None,
     ) -> list[Any]:
         """The sets themselves, with their Gram matrices."""
         fitted = []
         for x, y in sets:
-            x = x.double()
+            x = (prepare(x) if prepare else x).double()
             fitted.append((x, self.kernel(x, x), self.task.centred(y).double()))
             tick(1)
         return fitted

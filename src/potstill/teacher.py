@@ -179,9 +179,10 @@ class School:
             trainer = Trainer(net.at(PRECISIONS[precision]), protocol, self.data.task, on, self.device)
             epochs, each = protocol.plan(len(self.data.train))
             line = self.bar(epochs * each, f"teacher {net.name}", 0) if self.bar else None
-            pair = (self.data.prepare(self.data.train.inputs), self.data.train.labels)
+            pair = (self.data.train.inputs, self.data.train.labels)
             key = Key(self.seed).fold("teacher")
-            (trained,) = trainer.fit([pair], [key], line.update if line is not None else lambda n: None)
+            tick = line.update if line is not None else lambda n: None
+            (trained,) = trainer.fit([pair], [key], tick, self.data.prepare)
             if line is not None:
                 line.close()
             state = State(*to(tuple(trained), "cpu"))

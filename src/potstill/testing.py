@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from . import recipe as recipes
 from .data import Data
 from .exchange import load
 from .functional import Key, Tree, leaves, tree_map
-from .objectives import Net
+from .objectives import Net, Real
 from .recipe import Recipe, change
 from .still import Settings, Still
 
@@ -66,7 +66,8 @@ class Point:
         self.real = None if real is None else type(real)(*_double(tuple(real)))
         self.learned = _double(now.learned)
         with torch.no_grad():
-            self.target = still.objective.target(self.real, self.net, self.draws)
+            real = cast(Real, self.real)  # absent where the objective does not look at it
+            self.target = still.objective.target(real, self.net, self.draws)
 
     def synthetic(self, learned: dict[str, Tensor]) -> Any:
         s = self.still.synthetic(learned)

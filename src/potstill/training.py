@@ -187,22 +187,31 @@ class Trainer:
         return 3 * sample_flops(self.net) * min(self.protocol.batch, samples) * epochs * each
 
     def fit(
-        self, sets: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Key], tick: Callable[[int], object]
+        self,
+        sets: Sequence[tuple[Tensor, Tensor]],
+        keys: Sequence[Key],
+        tick: Callable[[int], object],
+        prepare: Callable[[Tensor], Tensor] | None = None,
     ) -> list[State]:
         """Train one network on each set; all sets have the same size.
 
         Args:
-            sets: (inputs (M, *shape) prepared, labels (M,) or (M, C)) for each network.
+            sets: (inputs (M, *shape), labels (M,) or (M, C)) for each network.
             keys: One for each network.
             tick: Called after each step with the number of networks that made it.
+            prepare: Raw inputs of a step to what networks see, where there are too many to do it beforehand.
         """
         states: list[State] = []
         for i in range(0, len(sets), self.together):
-            states += self._fit(sets[i : i + self.together], keys[i : i + self.together], tick)
+            states += self._fit(sets[i : i + self.together], keys[i : i + self.together], tick, prepare)
         return states
 
     def _fit(
-        self, sets: Sequence[tuple[Tensor, Tensor]], keys: Sequence[Key], tick: Callable[[int], object]
+        self,
+        sets: Sequence[tuple[Tensor, Tensor]],
+        keys: Sequence[Key],
+        tick: Callable[[int], object],
+        prepare: Callable[[Tensor], Tensor] | None,
     ) -> list[State]:
         samples = len(sets[0][0])
         batch = min(self.protocol.batch, samples)
@@ -213,7 +222,9 @@ class Trainer:
         if "count" in slow:  # one for each network, as every other leaf
             slow["count"] = slow["count"].expand(len(keys)).clone()
         mean, decay, averaged = tree_map(torch.zeros_like, states.params), self.protocol.average, 0
-        x, y = (torch.stack([s[j] for s in sets]).to(self.device) for j in (0, 1))
+        # a single set may be a file mapped into memory: no copy of it
+        parts = [sets[0][j][None] if len(sets) == 1 else torch.stack([s[j] for s in sets]) for j in (0, 1)]
+        x, y = (part.to(self.device) for part in parts)
         rows = torch.arange(len(sets))[:, None]
         for epoch in range(epochs):
             draws = [self.protocol.augment.draws(key.fold("augment", epoch), each, batch) for key in keys]
@@ -223,7 +234,8 @@ class Trainer:
                 # the operation is drawn per step (1), its parameters per sample (batch)
                 drawn = {k: torch.stack([d[k][j, : at.shape[1]] for d in draws]).to(self.device) for k in draws[0]}
                 rate = torch.tensor(self.protocol.rate(epoch * each + j, epochs * each), device=self.device)
-                states, slow, _ = self.step(states, slow, x[rows, at], y[rows, at], drawn, rate)
+                inputs = x[rows, at] if prepare is None else prepare(x[rows, at])
+                states, slow, _ = self.step(states, slow, inputs, y[rows, at], drawn, rate)
                 if decay:
                     mean = tree_map(lambda m, p: decay * m + (1 - decay) * p, mean, states.params)
                     averaged += 1
