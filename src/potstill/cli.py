@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"potstill: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        resumes = "; the same command with --resume goes on from here" if args.command == "distill" else ""
+        resumes = "; the same command with --resume goes on from here" if args.command in ("distill", "experts") else ""
         print(f"\npotstill: interrupted{resumes}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `potstill list methods | head`

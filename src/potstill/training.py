@@ -104,7 +104,9 @@ PROTOCOLS: dict[str, Protocol] = {
             momentum=0.0,
             weight_decay=0.0,
             schedule="warm",
-            augment=Augment(ops=("flip", "color", "crop", "rotate", "cutout"), mode="all"),
+            augment=Augment(
+                ops=("flip", "color", "crop", "scale", "rotate", "cutout"), brightness=0.5, cutout=0.25, scale=1.25
+            ),
             rule="adam",
             fit="squared",
             average=0.995,
