@@ -14,6 +14,7 @@ for the backward walk; states are stored here and not reversed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +53,8 @@ def pulled(function: Callable[..., Tree], args: tuple[Tree, ...], after: Tree | 
     pairs = zip(leaves(out), [None] if after is None else leaves(after), strict=True)
     ends = [(o, a) for o, a in pairs if o.requires_grad]
     outs, given = [o for o, _ in ends], [a for _, a in ends]
-    grads = torch.autograd.grad(outs, flat, given, allow_unused=True, materialize_grads=True)
-    return detach(out), pytree.tree_unflatten(grads, form)
+    found: Any = torch.autograd.grad(outs, flat, given, allow_unused=True, materialize_grads=True)
+    return detach(out), pytree.tree_unflatten(found, form)
 
 
 def pull_back(step: Step) -> Back:
