@@ -17,6 +17,7 @@ from .checkpoint import Ask, Progress, check_same, load_checkpoint, open_folder,
 from .compiling import EAGER_FLOPS, check_device, choose_compile, choose_precision, count_flops, keep_memory
 from .data import Data, load_data
 from .errors import PotstillError, Stopped
+from .estimate import words
 from .evaluation import BASELINES, fitting, protocol_of
 from .evaluation import evaluate as evaluate_sets
 from .exchange import DistilledSet, describe_set, load
@@ -468,6 +469,11 @@ def distill(
     else:
         still, progress = prepare(ask, data, start, out, resume, clock, say)
         recipe = still.settings.recipe
+        if still.memory:
+            ways = {way: words(size) for way, size in still.memory.items()}
+            used = ways.pop(str(still.objective.way))
+            others = ", ".join(f"{way} about {size}" for way, size in ways.items())
+            say(f"unroll: {still.objective.way}, about {used} ({others}; not compiled)")
         line = bar(still.settings.steps, f"{recipe.method} on {data.name}", progress.step) if bar else Quiet()
         try:
             run_steps(still, progress, out, clock, line, watch)

@@ -58,11 +58,13 @@ def record_of(
             "network": recipe.network,
             "student": recipe.student,
             "protocol": recipe.protocol,
+            **({"unroll": still.objective.way} if still and still.memory else {}),
             "budget": f"{ask.minutes:g} minutes" if ask.minutes else f"{steps} steps",
         },
         "curve": [[i + 1, losses[i]] for i in range(0, len(losses), every)],
         "looks": progress.looks if progress else [],
         "cost": cost(clock, per_step, ask.device),
+        **({"estimated_peak_bytes": still.memory} if still and still.memory else {}),
         "results": [],
         "set": {
             "file": "set.safetensors",

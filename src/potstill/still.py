@@ -101,9 +101,21 @@ class Still:
         self.source = recipe.source
         self.start = start or start_of(School(data, settings.seed, settings.device), recipe, settings.counts)
         self.members = [(data.train.groups == g).nonzero().flatten() for g in range(len(settings.counts))]
+        self.memory = self._memory()
+        self.objective = self.objective.settle(self.memory, settings.compile)
         self._target = compiled(self.objective.target, settings.compile)
         self._gradient = compiled(self.gradient, settings.compile and not self.objective.in_pieces)
         self._train = compiled(self.source.train_step(self.network, recipe.augment, self.task), settings.compile)
+
+    def _memory(self) -> dict[str, int]:
+        """Estimated peak bytes of each way to compute a step's gradient, where there are several."""
+        if self.objective.way is None:
+            return {}
+        now = self.fresh()
+        _, net, real, draws = self.inputs_of(now, 0)
+        with torch.no_grad():
+            target = self.objective.target(real, net, draws)  # type: ignore[arg-type]
+        return self.objective.estimates(self.synthetic(now.learned), target, net, draws)
 
     @property
     def device(self) -> str:

@@ -14,9 +14,11 @@ for the backward walk; states are stored here and not reversed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .functional import Tree, detach, leaves, tree_map
 
@@ -24,6 +26,35 @@ Step = Callable[[Tree, Tree, Tree], Tree]  # state, shared, each -> the state af
 End = Callable[[Tree], Tensor]  # the last state -> a scalar
 Slope = Callable[[Tree], tuple[Tree, Tensor]]  # the last state -> the gradient of that scalar, and the scalar
 Back = Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
+
+
+def pulled(function: Callable[..., Tree], args: tuple[Tree, ...], after: Tree | None = None) -> tuple[Tree, Tree]:
+    """What a function gives, and the gradients that follow from that of what it gives.
+
+    `torch.func` also records the backward pass itself, to be differentiated again: about twice the memory. Here nothing
+    follows, so in eager mode autograd does it without; inside a compiled graph, where what is not used is not kept,
+    `torch.func` remains.
+
+    Args:
+        function: Pure.
+        args: Trees of floating-point tensors.
+        after: Gradient with respect to what it gives; 1, for a scalar, if absent.
+
+    Returns:
+        What the function gives, without a graph, and the gradients with respect to args.
+    """
+    if torch.compiler.is_compiling():
+        out, pull = torch.func.vjp(function, *args)
+        return out, pull(torch.ones_like(out) if after is None else after)
+    args = tree_map(lambda t: t.detach().requires_grad_(), args)
+    with torch.enable_grad():
+        out = function(*args)
+    flat, form = pytree.tree_flatten(args)
+    pairs = zip(leaves(out), [None] if after is None else leaves(after), strict=True)
+    ends = [(o, a) for o, a in pairs if o.requires_grad]
+    outs, given = [o for o, _ in ends], [a for _, a in ends]
+    found: Any = torch.autograd.grad(outs, flat, given, allow_unused=True, materialize_grads=True)
+    return detach(out), pytree.tree_unflatten(found, form)
 
 
 def pull_back(step: Step) -> Back:
@@ -38,8 +69,7 @@ def pull_back(step: Step) -> Back:
     """
 
     def back(state: Tree, shared: Tree, each: Tree, after: Tree) -> tuple[Tree, Tree]:
-        pull = torch.func.vjp(lambda s, r: step(s, r, each), state, shared)[1]
-        before, share = pull(after)
+        before, share = pulled(lambda s, r: step(s, r, each), (state, shared), after)[1]
         return before, share
 
     return back
@@ -52,6 +82,13 @@ def walk(step: Step, state: Tree, shared: Tree, each: Sequence[Tree]) -> list[Tr
         for given in each:
             states.append(detach(step(states[-1], shared, given)))
     return states
+
+
+def last(step: Step, state: Tree, shared: Tree, each: Sequence[Tree]) -> Tree:
+    """The state after the last step. No graph is kept, and no state on the way."""
+    for given in each:
+        state = walk(step, state, shared, [given])[-1]
+    return state
 
 
 def adjoint(
@@ -67,7 +104,7 @@ def adjoint(
 
     Args:
         step: Of the walk.
-        slope: `torch.func.grad_and_value` of what is made of the last state.
+        slope: Gradient and value of what is made of the last state.
         state: The first.
         shared: The same in every step.
         each: One for each step.
@@ -81,8 +118,7 @@ def adjoint(
     back = back or pull_back(step)
     steps = len(each)
     first = 0 if window is None else max(steps - window, 0)
-    states = walk(step, state, shared, each[:first])[-1:]
-    states += walk(step, states[0], shared, each[first:])[1:]
+    states = walk(step, last(step, state, shared, each[:first]), shared, each[first:])
     after, value = slope(states[-1])
     total = tree_map(torch.zeros_like, shared)
     for at in reversed(range(first, steps)):
@@ -102,14 +138,14 @@ def plain(
         end: What is made of the last state.
     """
     first = 0 if window is None else max(len(each) - window, 0)
-    start = walk(step, state, shared, each[:first])[-1]
+    start = last(step, state, shared, each[:first])
 
     def whole(shared: Tree, state: Tree) -> Tensor:
         for given in each[first:]:
             state = step(state, shared, given)
         return end(state)
 
-    (total, before), value = torch.func.grad_and_value(whole, argnums=(0, 1))(shared, start)
+    value, (total, before) = pulled(whole, (shared, start))
     return value, total, before
 
 

@@ -145,6 +145,19 @@ class Objective(ABC):
         """Whether `value_and_grad` is too large for one graph and compiles its pieces itself, with `graph`."""
         return False
 
+    @property
+    def way(self) -> str | None:
+        """How the gradient is computed, where that is a choice of memory against time."""
+        return None
+
+    def estimates(self, s: Synthetic, target: Tree, net: Net, draws: Tree) -> dict[str, int]:
+        """Peak bytes of each such way."""
+        return {}
+
+    def settle(self, estimates: dict[str, int], compiled: bool) -> Objective:
+        """The objective with that choice made."""
+        return self
+
     def start_rates(self) -> Tensor | None:
         """Learning rates (1,) or (steps,) that S begins with, for objectives that train on S."""
         return None

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PotstillError, unknown
+from ..estimate import Unpredictable, peak_of
 from ..functional import SGD, Key, Tree, tree_map
 from ..networks import Network, State, blend
 from ..synthetic import Synthetic
-from ..unroll import adjoint, plain, pull_back, walk
-from .base import Needs, Net, Objective, Real, Sizes, Uniform
+from ..unroll import adjoint, plain, pull_back, pulled, state_bytes, walk
+from .base import Needs, Net, Objective, Real, Sizes, Uniform, as_it_is
 
 FEEDS = ("all", "sequence", "random")
 MEMORY = ("auto", "adjoint", "plain")
+AFFORDABLE = 2**29  # bytes that a plain unroll may take before the adjoint is preferred
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class Unroll(Objective):
         window: Differentiate through the last so many steps only; 0 for all.
         random_end: Draw the number of steps uniformly between `window` and `steps`, anew for each step of the loop.
         memory: `adjoint` walks back with the graph of one step at a time, `plain` keeps that of every step; the same
-            gradient. `auto` is the adjoint, but for walks of one or two steps.
+            gradient. `auto` is plain for walks of one or two steps and, in runs that are not compiled, where that is
+            estimated to take at most 512 MiB, for it is the quicker one there (the adjoint takes every step twice); else
+            the adjoint, which is also compiled a step at a time. The memory that happens to be free plays no part: the
+            two round differently, and a run must end with the same bits wherever it goes on.
     """
 
     steps: int = 10
@@ -78,6 +83,40 @@ class Unroll(Objective):
     @property
     def _walks_back(self) -> bool:
         return self.memory == "adjoint" or (self.memory == "auto" and self.steps > 2)
+
+    @property
+    def way(self) -> str:
+        return "adjoint" if self._walks_back else "plain"
+
+    def estimates(self, s: Synthetic, target: Tree, net: Net, draws: Tree) -> dict[str, int]:
+        """Peak bytes of the tensors that each way of `memory` makes in eager mode; nothing is computed.
+
+        Two or three steps are followed and the rest added: by the bytes of a state for the adjoint, by those of a step's
+        graph for the plain unroll. Nothing, where a network's memory cannot be told from shapes.
+        """
+        steps = min(self.window or self.steps, self.steps)
+        each = self.each(s, {k: v for k, v in draws.items() if k != "end"})
+        start = self.begin(net)
+
+        def peak(way: str, count: int) -> int:
+            one = replace(self, memory=way, window=0, graph=as_it_is)
+
+            def run(start: Tree, learned: Tree, each: Sequence[Tree], target: Tree) -> Tree:
+                return one._differentiate(net.network, s.labels, start, learned, each, target)
+
+            return peak_of(run, start, s.learned, each[:count], target)
+
+        try:
+            back, two = peak("adjoint", min(steps, 2)), peak("plain", min(steps, 2))
+            more = peak("plain", 3) - two if steps > 2 else 0
+        except Unpredictable:
+            return {}
+        beyond = max(steps - 2, 0)
+        return {"adjoint": back + beyond * state_bytes(start), "plain": two + beyond * more}
+
+    def settle(self, estimates: dict[str, int], compiled: bool) -> Unroll:
+        affordable = not compiled and estimates.get("plain", AFFORDABLE + 1) <= AFFORDABLE
+        return replace(self, memory="plain") if self.memory == "auto" and affordable else self
 
     def start_rates(self) -> Tensor:
         return torch.full((self.steps if self.rates == "each" else 1,), self.rate)
@@ -168,26 +207,26 @@ class Unroll(Objective):
         self, s: Synthetic, target: Tree, net: Net, draws: Tree, own: Tree
     ) -> tuple[Tensor, dict[str, Tensor], Tree]:
         """Loss and exact gradient, by the adjoint or plainly."""
-        each, window = self.each(s, draws), self.window or None
-        step, state = self.train_step(net.network, s.labels), self.begin(net)
-        if not self._walks_back:
-            value, grads, _ = plain(step, self._end(target, net.network), state, s.learned, each, window)
-            return value, grads, own
-
-        def end(state: Tree, target: Tree) -> Tensor:
-            return self.end(State(*state[:2]), target, net.network)
-
-        slope = self.graph("end", torch.func.grad_and_value(end))
-        value, grads, _ = adjoint(
-            self.graph("step", step),
-            lambda state: slope(state, target),
-            state,
-            s.learned,
-            each,
-            window,
-            self.graph("back", pull_back(step)),
+        value, grads = self._differentiate(
+            net.network, s.labels, self.begin(net), s.learned, self.each(s, draws), target
         )
         return value, grads, own
+
+    def _differentiate(
+        self, network: Network, labels: str, start: Tree, learned: Tree, each: Sequence[Tree], target: Tree
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss at the end of a walk and its gradient with respect to what is learned."""
+        step, window = self.train_step(network, labels), self.window or None
+        if not self._walks_back:
+            return plain(step, self._end(target, network), start, learned, each, window)[:2]
+
+        def end(state: Tree, target: Tree) -> tuple[Tree, Tensor]:
+            value, (grads,) = pulled(self._end(target, network), (state,))
+            return grads, value
+
+        slope, back = self.graph("end", end), self.graph("back", pull_back(step))
+        step = self.graph("step", step)
+        return adjoint(step, lambda state: slope(state, target), start, learned, each, window, back)[:2]
 
 
 @dataclass(frozen=True)
