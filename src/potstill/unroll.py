@@ -44,7 +44,8 @@ def pulled(function: Callable[..., Tree], args: tuple[Tree, ...], after: Tree | 
         What the function gives, without a graph, and the gradients with respect to args.
     """
     if torch.compiler.is_compiling():
-        out, pull = torch.func.vjp(function, *args)
+        made: Any = torch.func.vjp(function, *args)
+        out, pull = made
         return out, pull(torch.ones_like(out) if after is None else after)
     args = tree_map(lambda t: t.detach().requires_grad_(), args)
     with torch.enable_grad():
