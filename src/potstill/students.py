@@ -119,7 +119,12 @@ class Walker:
             raise PotstillError(
                 "protocol 'unrolled' walks the steps that a set was made for; this one was made without"
             )
-        self.net, self.task, self.device, self.labels, self.lr = net, task, device, labels, set_.lr
+        self.net, self.task, self.device, self.labels = net, task, device, labels
+        self.lr = set_.lr.reshape(-1)
+        if len(self.lr) not in (1, recipe.objective.steps):
+            raise PotstillError(
+                f"the set has {len(self.lr)} learning rates for a walk of {recipe.objective.steps} steps"
+            )
         source, steps = recipe.source, max(set_.meta.steps, 2)
         fixed = isinstance(source, Pool) and source.size == 1 and source.lifetime >= steps and not source.epochs
         self.start = Key(set_.meta.seed).fold("source", 0, "weights") if fixed else None
