@@ -296,6 +296,7 @@ def test_other_methods_take_recorded_networks(run, recorded):
     assert found == set(range(6))
     assert bytes_of(made.out) != bytes_of(run("dm", "fresh", steps=40).out)
     assert str(recorded) not in (made.out / "record.json").read_text()
+    assert " --experts DIR" in made.record["command"] and made.record["experts"] == open_experts(recorded).mark
 
 
 def test_an_interrupted_run_on_recorded_networks_goes_on(run, recorded, tmp_path):
