@@ -258,6 +258,17 @@ def test_lists(capsys):
     assert main(["cite", "dm"]) == 0 and "2110.04181" in capsys.readouterr().out
 
 
+def test_the_list_of_protocols_says_what_each_does(capsys):
+    assert main(["list", "protocols"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["dc"].split(None, 1)[1].startswith("5 epochs, SGD 0.01, batch 256, augmentation")
+    assert (
+        "Adam 0.0003" in lines["frepo"] and "1000 to 40000 steps" in lines["frepo"] and "squared loss" in lines["frepo"]
+    )
+    assert "5000 steps, SGD 0.02" in lines["kip"] and "epochs" not in lines["kip"]
+    assert "at the set's own rate" in lines["mtt"] and "SGD" not in lines["unrolled"]
+
+
 def test_values_on_the_command_line():
     assert counts_of("3") == 3 and counts_of("1,2,3") == [1, 2, 3]
     assert settings_of(["a.b=1", "c=2.5", "d=text", 'e=["x"]', "f=true"]) == {

@@ -100,18 +100,18 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {here!r})
 from test_exchange import set_of
-set_of(soft=True).save({path!r})
+set_of(soft=True, labels="soft").save({path!r})
 """
 
 
 def test_the_same_set_is_the_same_bytes(tmp_path):
     """Saved twice, after a round trip, and by processes whose hashes of strings differ."""
-    made = set_of(soft=True)
+    made = set_of(soft=True, labels="soft")
     made.save(tmp_path / "a.safetensors")
     made.save(tmp_path / "b.safetensors")
     load(tmp_path / "a.safetensors").save(tmp_path / "c.safetensors")
     turned = dict(reversed(made.meta.recipe.items()))
-    set_of(soft=True, recipe=turned).save(tmp_path / "turned.safetensors")
+    set_of(soft=True, labels="soft", recipe=turned).save(tmp_path / "turned.safetensors")
     whole = (tmp_path / "a.safetensors").read_bytes()
     assert all((tmp_path / f"{name}.safetensors").read_bytes() == whole for name in ("b", "c", "turned"))
     runs = []

@@ -346,7 +346,7 @@ def test_npz_that_lacks_something(tmp_path):
     for arrays, words in [
         ({"x": X, "z": Y}, "lacks y_train or labels or y; it has x, z"),
         ({"y": Y}, "lacks x_train or images or x or data"),
-        ({"x": X, "y": Y, "lr": torch.zeros(2)}, "learning rate (lr) that is not one number"),
+        ({"x": X, "y": Y, "lr": torch.zeros(2, 2)}, "learning rate (lr) that is not one number"),
     ]:
         np.savez(tmp_path / "a.npz", **{k: v.numpy() for k, v in arrays.items()})
         with pytest.raises(PotstillError) as caught:

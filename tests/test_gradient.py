@@ -1,10 +1,13 @@
 """Gradient matching against the paper's formula, typed out with autograd alone, and what must hold whatever the network."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from potstill.augment import Augment
+from potstill.data import Classification
 from potstill.functional import Key
 from potstill.methods import DSA, METHODS, loops
 from potstill.networks import State, network
@@ -49,6 +52,20 @@ def test_is_the_papers_formula(norm):
             for a, b in zip(of_real.reshape(len(of_real), -1), sides[1][name].reshape(len(of_real), -1), strict=True):
                 total += float(1 - (a @ b) / (a.norm() * b.norm() + 1e-6))
     assert value(objective, s, real, net, draws) == pytest.approx(total, rel=1e-9)
+
+
+def test_centred_labels_have_their_squared_loss():
+    """Learned labels that are those of the real classes are the same as these, and others are not."""
+    objective, s, real, net, draws = setting()
+    objective = replace(objective, task=Classification(3, fit="squared"))
+    rows = torch.eye(3).double()[s.fixed["labels"]] - 1 / 3
+    centred, off = (replace(s, fixed={"labels": y}, labels="centred") for y in (rows, rows + 0.5 * rows.roll(1, 1)))
+    assert value(objective, centred, real, net, draws) == pytest.approx(value(objective, s, real, net, draws), rel=1e-7)
+    assert value(objective, off, real, net, draws) != pytest.approx(value(objective, s, real, net, draws), rel=1e-5)
+    logits, labels = Key(5).normal(4, 3), torch.tensor([0, 2, 1, 1])
+    for fit in ("cross-entropy", "squared"):
+        task = Classification(3, fit=fit)
+        assert torch.allclose(task.losses(logits, labels).mean(), task.loss(logits, labels))
 
 
 @pytest.mark.parametrize("augment", [Augment(), DSA])

@@ -259,9 +259,7 @@ def _list(args: argparse.Namespace) -> None:
     tables: dict[str, dict[str, Any]] = {"methods": METHODS, "datasets": LOADERS, "networks": NETWORKS}
     if args.what == "protocols":
         for p in PROTOCOLS.values():
-            print(
-                f"{p.name:15} {p.epochs} epochs, SGD {p.lr:g}, batch {p.batch}, augmentation {p.augment}, hash {p.hash}"
-            )
+            print(f"{p.name:15} {p.words}, hash {p.hash}")
     elif args.what in tables:
         for name, made in tables[args.what].items():
             print(f"{name:15} {(made.__doc__ or '').strip().splitlines()[0]}")

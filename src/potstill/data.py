@@ -53,6 +53,12 @@ class Classification:
             return 0.5 * (logits - self.centred(labels)).square().sum(1).mean()
         return F.cross_entropy(logits, labels)
 
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss of each sample (N,): `loss` before the mean."""
+        if self.fit == "squared":
+            return 0.5 * (logits - self.centred(labels)).square().sum(1)
+        return F.cross_entropy(logits, labels, reduction="none")
+
     def centred(self, labels: Tensor) -> Tensor:
         """Classes (N,) as one-hot rows less their mean 1/C; rows (N, C) stay as they are."""
         if labels.is_floating_point():

@@ -32,7 +32,7 @@ from .loaders import load_named
 from .measure import peak_bytes, reset_peak
 from .networks import network
 from .records import cache, digest, write_json
-from .students import KERNEL, Ridge, Walker, is_kernel, labels_for, own_kernel
+from .students import KERNEL, Ridge, Walker, fit_of, is_kernel, labels_for, own_kernel
 from .synthetic import counts_per_group, pick, pick_random
 from .teacher import School, seconds_of_labels, soften
 from .training import PROTOCOLS, Protocol, Trainer
@@ -132,7 +132,7 @@ class Judge:
         protocol = self.resolved(asks)
         if is_kernel(net_name) and not varied:
             sets = sets[:1]  # nothing is random
-        sets = [(x, labels_for(protocol.fit, y, labels)) for x, y in sets]
+        sets = [(x, labels_for(fit_of(net_name, protocol, asks), y, labels)) for x, y in sets]
         samples, work = len(sets[0][0]), self.student(net_name, protocol, asks, labels, False)
         on, _ = choose_compile(self.compile, work.flops(samples) * len(sets) / EAGER_FLOPS, self.device)
         trainer = self.student(net_name, protocol, asks, labels, on)
@@ -193,7 +193,7 @@ class Judge:
         self, net_name: str, protocol: Protocol, asks: DistilledSet | None, labels: str, compile: bool
     ) -> Trainer | Walker | Ridge:
         """Who learns."""
-        task = replace(self.data.task, fit="squared" if labels == "centred" else "cross-entropy")
+        task = replace(self.data.task, fit=fit_of(net_name, protocol, asks))
         if is_kernel(net_name):
             usual, ridge = own_kernel(asks)
             return Ridge(usual if net_name == KERNEL else net_name, ridge, task)

@@ -234,6 +234,10 @@ def _check(made: DistilledSet, file: Path) -> None:
     soft = labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] == classes
     if not hard and not soft:
         raise PotstillError(f"{file} has labels outside its {classes} classes")
+    if (made.meta.labels == "hard") != hard or made.meta.labels not in ("hard", "soft", "centred"):
+        raise PotstillError(f"{file} is damaged: its labels are not '{made.meta.labels[:40]}', as it says")
+    if made.lr is not None and not (made.lr.is_floating_point() and made.lr.ndim < 2 and bool((made.lr > 0).all())):
+        raise PotstillError(f"{file} is damaged: its learning rates are no numbers above 0")
     if hard and torch.bincount(labels, minlength=classes).tolist() != meta.ipc:
         raise PotstillError(f"{file} is damaged: its labels are not {meta.ipc} of each class")
     if made.matrix is not None and digest_of(made.matrix) != meta.transform.get("matrix"):

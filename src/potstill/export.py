@@ -121,14 +121,18 @@ def _encode(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _soft(made: DistilledSet) -> np.ndarray | None:
-    """Probabilities (M, C), where labels are soft."""
+def _rows(made: DistilledSet) -> np.ndarray | None:
+    """Labels (M, C), where they are no classes: probabilities or targets around 0, as `_row_name` says."""
     return made.labels.float().numpy() if made.labels.ndim == 2 else None
+
+
+def _row_name(made: DistilledSet) -> str:
+    return "centred_label" if made.meta.labels == "centred" else "soft_label"
 
 
 def _png(made: DistilledSet) -> Iterator[tuple[str, bytes]]:
     """A folder for each class, a picture for each sample, and `labels.json` with what a picture cannot say."""
-    pictures, soft, names = _pictures(made), _soft(made), made.meta.class_names
+    pictures, soft, names = _pictures(made), _rows(made), made.meta.class_names
     if pictures is None:
         raise PotstillError(
             f"--to png holds grey or RGB images, and the set's inputs are of shape {made.shape}; "
@@ -139,7 +143,7 @@ def _png(made: DistilledSet) -> Iterator[tuple[str, bytes]]:
     for i, label in enumerate(made.classes.tolist()):
         folder = f"{label:0{digits}d}-{safe_name(names[label])}".rstrip("-")
         row = {"file": f"{folder}/{i:0{wide}d}.png", "label": label}
-        rows.append(row if soft is None else {**row, "soft_label": soft[i].tolist()})
+        rows.append(row if soft is None else {**row, _row_name(made): soft[i].tolist()})
         yield row["file"], _encode(pictures[i])
     about = {"class_names": names, "learning_rate": None if made.lr is None else made.lr.tolist(), "images": rows}
     yield "labels.json", (json.dumps(about, indent=1) + "\n").encode()
@@ -165,9 +169,9 @@ def _npz(made: DistilledSet, text: str) -> bytes:
         "normalisation": np.array(made_with(made)),
         "readme": np.array(text),
     }
-    soft = _soft(made)
+    soft = _rows(made)
     if soft is not None:
-        arrays["soft_labels"] = soft
+        arrays[f"{_row_name(made)}s"] = soft
     if made.lr is not None:
         arrays["lr"] = made.lr.numpy()
     buffer = io.BytesIO()
@@ -189,7 +193,7 @@ def _parquet(made: DistilledSet, text: str) -> bytes:
     except ImportError as error:
         raise PotstillError(f"--to parquet needs pyarrow ({error}); pip install 'potstill[parquet]'") from error
 
-    pictures, soft = _pictures(made), _soft(made)
+    pictures, soft = _pictures(made), _rows(made)
     columns: dict[str, Any] = {}
     features: dict[str, Any] = {}
     if pictures is not None:
@@ -204,8 +208,8 @@ def _parquet(made: DistilledSet, text: str) -> bytes:
     columns["label"] = pa.array(made.classes.tolist(), pa.int64())
     features["label"] = {"names": _distinct(made.meta.class_names), "_type": "ClassLabel"}
     if soft is not None:
-        columns["soft_label"] = pa.array(soft.tolist(), pa.list_(pa.float32()))
-        features["soft_label"] = {"feature": number, "_type": "Sequence"}
+        columns[_row_name(made)] = pa.array(soft.tolist(), pa.list_(pa.float32()))
+        features[_row_name(made)] = {"feature": number, "_type": "Sequence"}
     about = {"huggingface": json.dumps({"info": {"features": features}}), "readme": text}
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns).replace_schema_metadata(about), buffer)
@@ -259,13 +263,13 @@ prepare = lambda raw: (raw / {scale!r} - mean) / std      # your test inputs, as
 SPACE = {
     "png": "8 bits, clamped to what a picture holds. Distilled pixels may leave that range, so training on the pictures can "
     "give another accuracy than the set itself; `npz` and `parquet` lose nothing. `labels.json` has class names, the file of "
-    "each image, soft labels and the learned learning rate where there are such.",
+    "each image, soft or centred labels and the learned learning rate where there are such.",
     "npz": "`x_train` (float32) is what networks are trained on, bit by bit: standardised, not clamped. `mean` and `std` lead "
     "there from unit scale, and raw values divided by `scale` are in unit scale. `y_train` holds classes, `soft_labels` "
-    "probabilities and `lr` the learned learning rate where there are such.",
+    "probabilities, `centred_labels` targets around 0 and `lr` the learned learning rate where there are such.",
     "parquet": "`input` (float32) is what networks are trained on, bit by bit: standardised, not clamped. `image`, where the "
-    "inputs are pictures, is to look at: 8 bits, clamped. `label` is the class, `soft_label` its probabilities where there are "
-    "such.",
+    "inputs are pictures, is to look at: 8 bits, clamped. `label` is the class, `soft_label` its probabilities and `centred_label` "
+    "targets around 0 where there are such.",
 }
 
 
@@ -286,7 +290,7 @@ def card(made: DistilledSet, to: str, file: str, results: list[dict[str, Any]], 
     if to == "png":  # a picture's 0 and 1 are the set's limits
         low, high = m.limits
         mean, std = [(v - low) / (high - low) for v in mean], [v / (high - low) for v in std]
-    hard, soft = ("y_train", "soft_labels") if to == "npz" else ("label", "soft_label")
+    hard, soft = ("y_train", f"{_row_name(made)}s") if to == "npz" else ("label", _row_name(made))
     use = USES[to].format(
         file=re.sub(r'[\\"\n]', "", file),
         labels=soft if made.labels.ndim == 2 else hard,
@@ -303,7 +307,7 @@ def card(made: DistilledSet, to: str, file: str, results: list[dict[str, Any]], 
         f"{len(made)} samples that stand for a training set, made with potstill {_plain(m.software)}: networks are trained on them", "in place of all of it.", "",
         "| | |", "| --- | --- |", f"| source data | {_plain(m.data)}, fingerprint {_plain(m.fingerprint)} |",
         f"| classes | {len(m.class_names)}: {', '.join(map(_plain, m.class_names[:100]))} |", f"| samples per class | {ipc} |",
-        f"| input | {' × '.join(map(str, made.shape))} |", f"| labels | {'soft' if made.labels.ndim == 2 else 'hard'} |",
+        f"| input | {' × '.join(map(str, made.shape))} |", f"| labels | {_labels(made)} |",
         f"| learned learning rate | {'none' if made.lr is None else made.lr.tolist()} |",
         f"| mean, standard deviation | {made_with(made).replace('/', ' / ') if few else 'with the set'} |",
         f"| asks for | network {_plain(m.student)}, protocol {_plain(m.protocol)} |", f"| steps, seed | {_plain(m.steps)}, {_plain(m.seed)} |", "",
@@ -322,6 +326,15 @@ def card(made: DistilledSet, to: str, file: str, results: list[dict[str, Any]], 
         lines += ["Not measured here: there was no record of this set beside it."]
     lines += ["", "## Recipe", "", "```json", json.dumps(m.recipe, indent=1), "```", ""]
     return "\n".join(lines)
+
+
+def _labels(made: DistilledSet) -> str:
+    """What the labels are, in a few words."""
+    if made.labels.ndim == 1:
+        return "hard"
+    if made.meta.labels == "centred":
+        return "centred: targets around 0 of a squared loss, half the squared distance of a network's outputs to them"
+    return "soft: probabilities of the classes"
 
 
 def _plain(text: Any) -> str:

@@ -203,9 +203,9 @@ def _npz(file: Path) -> tuple[list[tuple[Any, Any]], Tensor | None, str | None]:
             f"{file} is not a whole .npz of plain arrays ({type(error).__name__}: {first_line(error)})"
         ) from error
     rate, stated = arrays.get("lr"), arrays.get("normalisation")
-    if rate is not None and (rate.dtype.kind != "f" or rate.size != 1):
-        raise PotstillError(f"{file} has a learning rate (lr) that is not one number")
-    lr = None if rate is None else torch.tensor(float(rate.reshape(())))
+    if rate is not None and (rate.dtype.kind != "f" or rate.ndim > 1 or not rate.size):
+        raise PotstillError(f"{file} has a learning rate (lr) that is not one number, nor one for each step")
+    lr = None if rate is None else torch.from_numpy(rate.astype("float32"))
     return [(arrays[x], arrays[y])], lr, None if stated is None else str(stated)
 
 

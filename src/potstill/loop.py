@@ -28,7 +28,7 @@ from .outcome import record_of, write
 from .recipe import Recipe, change, find
 from .replay import Experts
 from .still import Settings, Still, start_of
-from .students import is_kernel
+from .students import check_asked, is_kernel
 from .synthetic import Synthetic, counts_per_group, share
 from .teacher import School
 from .trajectories import open_experts
@@ -93,9 +93,9 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
             settings = {"network": own, "student": own, **settings}
     if ask.network is not None:
         settings = {"network": ask.network, "student": ask.network, **settings}
-    elif len(data.shape) != 3 and recipe.network.startswith("convnet"):
+    elif len(data.shape) != 3 and recipe.network.startswith(("convnet", "widenet")):
         say("network mlp: the inputs are vectors")
-        settings = {"network": "mlp", "student": "mlp", **settings}
+        settings = {"network": "mlp", **({} if is_kernel(recipe.student) else {"student": "mlp"}), **settings}
     if ask.init and recipe.objective is None and ask.init != recipe.init:
         raise PotstillError(f"--init {ask.init}: method '{recipe.method}' is its start; take --method for another one")
     if ask.init is not None:
@@ -107,7 +107,7 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
         recipe = replace(recipe, source=replace(recipe.source, folder=str(ask.experts or "")))
     if recipe.source is not None:
         recipe.source.check(build_network(recipe.network, data.shape, data.task.outputs), data)
-    protocol_of(recipe.protocol)
+    check_asked(recipe, protocol_of(recipe.protocol))
     for name in dict.fromkeys(n for n in (recipe.network, recipe.student) if not is_kernel(n)):
         for note in build_network(name, data.shape, data.task.outputs).notes:
             say(note)
@@ -125,9 +125,11 @@ def with_experts(recipe: Recipe, folder: str | Path | None) -> Recipe:
 
     A recipe that replays experts keeps its stretches of their trajectories; any other takes a network of any epoch.
     """
-    if folder is None or recipe.source is None:
+    if folder is None:
         return recipe
     source = recipe.source
+    if source is None:
+        raise PotstillError(f"--experts: method '{recipe.method}' needs no network")
     if not isinstance(source, Experts):
         if recipe.objective is not None and not recipe.objective.needs.network:
             raise PotstillError(f"--experts: method '{recipe.method}' needs no network")
@@ -187,7 +189,8 @@ def run_steps(
                     progress.looks.append({"step": step, **look})
                     watch(step, {"heldout_accuracy": look["accuracy"]})
         if step in show_at and step not in progress.snapshots:
-            progress.snapshots[step] = still.data.display(now.learned["inputs"].detach().cpu()[still.shown])
+            shown = still.synthetic(now.learned).take(still.shown.to(still.device))[0]
+            progress.snapshots[step] = still.data.display(shown.detach().cpu())
 
     def save() -> float:
         with clock.phase("checkpoints"):
@@ -205,9 +208,11 @@ def run_steps(
                 ran_away = len(first) == 10 and loss > DIVERGED * float(first.abs().max())
                 if not math.isfinite(loss) or ran_away or not all(v.isfinite().all() for v in after.learned.values()):
                     what = "has run away to" if ran_away else "is"
+                    part = still.settings.recipe.learn[0]
+                    lower = 0.1 * still.settings.recipe.optimiser[part].lr
                     raise Stopped(
                         f"step {step + 1}: the loss {what} {loss:g}; the last good set, of step {step}, is kept in {out}; "
-                        "a lower learning rate usually helps, such as --set optimiser.inputs.lr=0.1"
+                        f"a lower learning rate usually helps, such as --set optimiser.{part}.lr={lower:g}"
                     )
                 progress.losses[step] = loss
                 progress.at = (step + 1, after)

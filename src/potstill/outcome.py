@@ -18,6 +18,7 @@ from .exchange import DistilledSet
 from .functional import Key
 from .measure import Clock, cost
 from .recipe import Recipe, to_dict
+from .replay import Experts
 from .still import Still
 from .synthetic import pick_random
 
@@ -73,6 +74,7 @@ def record_of(
             "images": len(set_),
             **set_.sizes,
         },
+        "experts": recipe.source.trajectories.mark if isinstance(recipe.source, Experts) else None,
         "labels": {
             "kind": set_.meta.labels,
             **({"teacher": set_.meta.teacher} if set_.meta.teacher else {}),
@@ -95,6 +97,8 @@ def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int)
     ):  # fmt: skip
         if value != usual:
             parts += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+    if isinstance(recipe.source, Experts):
+        parts += ["--experts", "DIR"]  # where they lie is no part of a record; which they are is
     for path, value in ask.settings.items():
         parts += ["--set", f"{path}={json.dumps(value)}"]
     return shlex.join(parts)

@@ -102,6 +102,10 @@ class Recipe:
             if self.objective.needs.network != (type(self.source) is not Source):
                 wanted = "a source of networks" if self.objective.needs.network else "no networks: source.kind = none"
                 raise PotstillError(f"recipe: this objective needs {wanted}")
+            if self.objective.needs.goal and not (isinstance(self.source, Experts) and self.source.span):
+                raise PotstillError(
+                    "recipe: this objective needs to know where experts went: source.kind = experts, source.span = 1 or more"
+                )
         for name in ("steps", "looks"):
             if not 0 <= getattr(self, name) <= 10**9:
                 raise PotstillError(f"recipe: {name} = {getattr(self, name)} is below 0 or above 1,000,000,000")

@@ -20,7 +20,7 @@ from .objectives import ByGroup, Net, Real, Sizes, Uniform
 from .recipe import Recipe, to_dict
 from .records import processor
 from .replay import Experts
-from .students import Ridge, Walker, is_kernel, own_kernel
+from .students import KERNEL, Ridge, Walker, is_kernel, labels_for, own_kernel
 from .synthetic import Synthetic, initialise
 from .teacher import School
 from .training import LOOK, Trainer
@@ -239,16 +239,18 @@ class Still:
             return None
         student = self.settings.recipe.student
         student = student if is_kernel(student) else narrow(student)
-        set_ = self.set(now.learned, 0)
+        set_ = self.set(now.learned, self.settings.steps)
         learner = self.look_student(student, set_)
-        (state,) = learner.fit([(set_.inputs, set_.labels)], [self.key.fold("look")], lambda n: None)
+        labels = labels_for("squared", set_.labels, set_.meta.labels) if is_kernel(student) else set_.labels
+        (state,) = learner.fit([(set_.inputs, labels)], [self.key.fold("look")], lambda n: None)
         accuracy = learner.score(state, held.inputs, held.labels, self.data.prepare)
         return {"accuracy": round(accuracy, 6), "network": learner.name}
 
     def look_student(self, name: str, set_: DistilledSet) -> Trainer | Walker | Ridge:
         """Who learns at a look: the kernel or the walk that the set asks for, else a narrow network, trained shortly."""
         if is_kernel(name):
-            return Ridge(*own_kernel(set_), self.task)
+            usual, ridge = own_kernel(set_)
+            return Ridge(usual if name == KERNEL else name, ridge, self.task)
         net = network(name, self.data.shape, self.data.task.outputs)
         if self.settings.recipe.protocol == "unrolled":
             return Walker(net, self.task, set_, set_.meta.labels, False, "cpu")

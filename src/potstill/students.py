@@ -23,7 +23,7 @@ from .objectives import KernelRidge, Net, Sizes, Unroll
 from .recipe import Recipe, from_dict
 from .sources import Pool
 from .synthetic import Synthetic, group_index
-from .training import Prepare, Scorer
+from .training import Prepare, Protocol, Scorer
 
 KERNEL = "kernel"  # the kernel that a set was made by
 USUAL = "ntk-dense-d1"
@@ -38,14 +38,41 @@ def is_kernel(name: str) -> bool:
 
 def own_kernel(set_: DistilledSet | None) -> tuple[str, float]:
     """Name of the kernel and ridge that a set was made with, the usual ones where it was made otherwise."""
-    objective = _recipe(set_).objective if set_ is not None and set_.meta.method == "kip" else None
+    recipe = _recipe(set_)
+    objective = recipe.objective if recipe is not None else None
     if isinstance(objective, KernelRidge) and is_kernel(objective.kernel):
         return objective.kernel, objective.ridge
     return USUAL, RIDGE
 
 
-def _recipe(set_: DistilledSet) -> Recipe:
-    return from_dict(set_.meta.recipe)
+def _recipe(set_: DistilledSet | None) -> Recipe | None:
+    """What a set says of how it was made, where that is a recipe of the library's own parts."""
+    try:
+        return from_dict(set_.meta.recipe) if set_ is not None else None
+    except PotstillError:
+        return None
+
+
+def check_asked(recipe: Recipe, protocol: Protocol) -> None:
+    """Refuse a student or protocol that a set by this recipe could not be judged with, before it is made.
+
+    Raises:
+        PotstillError: A kernel that does not exist, or rates or steps that the set will not have.
+    """
+    if is_kernel(recipe.student) and recipe.student != KERNEL:
+        kernel(recipe.student)
+    rates = recipe.objective.start_rates() if recipe.objective is not None else None
+    if rates is None and (not protocol.lr or protocol.name == "unrolled") and not is_kernel(recipe.student):
+        raise PotstillError(
+            f"protocol '{protocol.name}' needs a set with learning rates of its own; method '{recipe.method}' makes none"
+        )
+
+
+def fit_of(student: str, protocol: Protocol, asks: DistilledSet | None) -> str:
+    """The loss that a student's labels are made for: a kernel's is squared, a walk's is that of the set's convention."""
+    if is_kernel(student) or (protocol.name == "unrolled" and asks is not None and asks.meta.labels == "centred"):
+        return "squared"
+    return protocol.fit
 
 
 def labels_for(fit: str, labels: Tensor, kind: str) -> Tensor:
@@ -74,7 +101,7 @@ class Walker:
 
     Args:
         net: The network.
-        task: Loss and score.
+        task: Score, and the loss of `fit_of`.
         set_: Whose steps are walked; other inputs may be walked over in its place, with its rates.
         labels: Convention of the labels that `fit` is given.
         compile: Whether a step is compiled.
@@ -87,15 +114,22 @@ class Walker:
     def __init__(
         self, net: Network, task: Classification, set_: DistilledSet | None, labels: str, compile: bool, device: str
     ) -> None:
-        recipe = _recipe(set_) if set_ is not None else None
+        recipe = _recipe(set_)
         if set_ is None or recipe is None or not isinstance(recipe.objective, Unroll) or set_.lr is None:
             raise PotstillError(
                 "protocol 'unrolled' walks the steps that a set was made for; this one was made without"
             )
-        self.net, self.task, self.device, self.labels, self.lr = net, task, device, labels, set_.lr
-        fixed = isinstance(recipe.source, Pool) and recipe.source.lifetime >= max(set_.meta.steps, 2)
+        self.net, self.task, self.device, self.labels = net, task, device, labels
+        self.lr = set_.lr.reshape(-1)
+        if len(self.lr) not in (1, recipe.objective.steps):
+            raise PotstillError(
+                f"the set has {len(self.lr)} learning rates for a walk of {recipe.objective.steps} steps"
+            )
+        source, steps = recipe.source, max(set_.meta.steps, 2)
+        fixed = isinstance(source, Pool) and source.size == 1 and source.lifetime >= steps and not source.epochs
         self.start = Key(set_.meta.seed).fold("source", 0, "weights") if fixed else None
-        self.index, self.mask = group_index(set_.classes, len(set_.meta.class_names))
+        groups = torch.repeat_interleave(torch.arange(len(set_.meta.ipc)), torch.tensor(set_.meta.ipc))
+        self.index, self.mask = group_index(groups, len(set_.meta.ipc))  # learned labels may say otherwise
         parts = {"augment": recipe.augment, "task": task, "graph": Graphs(compile)}
         self.objective = type(recipe.objective)(**{**vars(recipe.objective), **parts, "window": 0, "random_end": False})
         self._score = Scorer(net, task, compile, device)

@@ -67,6 +67,21 @@ class Protocol:
         later = {f.name: f.default for f in fields(self) if f.name in ("rule", "fit", "average", "lengths")}
         return digest({k: v for k, v in asdict(self).items() if k not in later or v != later[k]})
 
+    @property
+    def words(self) -> str:
+        """What it does, in a line for the user."""
+        if self.name == "unrolled":
+            return "the steps, rates and order of samples that the set was made with"
+        least = (
+            f"{self.lengths[0][1]} to {self.lengths[-1][1]} steps by size" if self.lengths else f"{self.steps} steps"
+        )
+        long = [f"{self.epochs} epochs"] * (self.epochs > 0) + [least] * bool(self.lengths or self.steps)
+        rate = f"{self.lr:g}" if self.lr else "at the set's own rate"
+        loss = "" if self.fit == "cross-entropy" else f", {self.fit} loss"
+        mean = f", weights averaged over steps ({self.average:g})" if self.average else ""
+        rule = {"sgd": "SGD", "adam": "Adam"}[self.rule]
+        return f"{', at least '.join(long)}, {rule} {rate}, batch {self.batch}{loss}{mean}, augmentation {self.augment}"
+
     def plan(self, samples: int) -> tuple[int, int]:
         """Epochs, and steps in each. A partial batch is kept where a set has few batches, left out elsewhere."""
         full, rest = divmod(samples, self.batch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -68,7 +67,7 @@ class GradientMatching(Objective):
 
         def loss(params: dict[str, Tensor], x: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
             logits = net.network(State(params, net.state.buffers), x, "stored")
-            return (F.cross_entropy(logits, labels, reduction="none") * mask).sum() / mask.sum()
+            return (self.task.losses(logits, labels) * mask).sum() / mask.sum()
 
         rows = [torch.func.grad(loss)(net.state.params, *parts) for parts in zip(x, labels, mask, strict=True)]
         return {k: torch.stack([r[k] for r in rows]) for k, p in net.state.params.items() if p.ndim > 1}

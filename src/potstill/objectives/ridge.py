@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +47,8 @@ class KernelRidge(Objective):
     def __post_init__(self) -> None:
         if self.kernel != FEATURES:
             kernel(self.kernel)
-        if not self.ridge >= 0:
-            raise PotstillError(f"objective.ridge = {self.ridge:g} is below 0")
+        if not 0 <= self.ridge < math.inf:
+            raise PotstillError(f"objective.ridge = {self.ridge:g} is no finite number of 0 or more; 1e-6 is usual")
 
     @property
     def needs(self) -> Needs:
@@ -59,7 +60,7 @@ class KernelRidge(Objective):
 
     def loss(self, s: Synthetic, target: Tree, net: Net, draws: Tree, own: Tree) -> tuple[Float[Tensor, ""], Tree]:
         x, y = s.take(torch.arange(len(s), device=s.index.device))
-        y = self.task.centred(y)
+        y = y - 1 / y.shape[1] if s.labels in ("soft", "logits") else self.task.centred(y)
         extra = _margin(y) if self.margin else torch.zeros((), dtype=y.dtype)
         if self.mirror:
             x, y = torch.cat([x, x.flip(-1)]), torch.cat([y, y])
