@@ -7,9 +7,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .data import Data, load_data
     from .errors import PotstillError, Stopped
-    from .evaluation import Result, evaluate
+    from .evaluation import evaluate
     from .exchange import DistilledSet, load
     from .export import export_set
+    from .judge import Result
     from .loop import Run, distill
     from .recipe import Recipe
 
@@ -20,7 +21,7 @@ _HOMES = {
     "distill": "loop",
     "PotstillError": "errors",
     "Stopped": "errors",
-    "Result": "evaluation",
+    "Result": "judge",
     "evaluate": "evaluation",
     "DistilledSet": "exchange",
     "load": "exchange",

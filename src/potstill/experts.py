@@ -21,8 +21,8 @@ from .checkpoint import open_folder
 from .compiling import EAGER_FLOPS, PRECISIONS, check_device, choose_compile, choose_precision, keep_memory
 from .data import Data, load_data
 from .errors import PotstillError, unknown
-from .evaluation import fitting
 from .exchange import HEADER, pack, read_tensors, unpack
+from .judge import fitting
 from .methods import DSA
 from .networks import State
 from .networks import network as build_network

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,25 +12,23 @@ from typing import Any
 
 import torch
 
+from .asking import recipe_of, whole_numbers
 from .checkpoint import Ask, Progress, check_same, load_checkpoint, open_folder, save_checkpoint
 from .compiling import EAGER_FLOPS, check_device, choose_compile, choose_precision, count_flops, keep_memory
 from .data import Data, load_data
 from .errors import PotstillError, Stopped
 from .estimate import words
-from .evaluation import BASELINES, fitting, protocol_of
 from .evaluation import evaluate as evaluate_sets
 from .exchange import DistilledSet, describe_set, load
 from .functional import Key
+from .judge import BASELINES
 from .measure import Clock, cost, reset_peak
 from .networks import network as build_network
 from .outcome import record_of, write
-from .recipe import Recipe, change, find
-from .replay import Experts
+from .recipe import Recipe
 from .still import Settings, Still, start_of
-from .students import check_asked, is_kernel
 from .synthetic import Synthetic, counts_per_group, share
 from .teacher import School
-from .trajectories import open_experts
 from .transforms import check_transform, matrix_of
 
 SAVE_EVERY = 30.0  # seconds between checkpoints; they change no number
@@ -53,88 +50,6 @@ class Run:
     set: DistilledSet
     record: dict[str, Any]
     out: Path
-
-
-def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
-    """The recipe that is run: method and preset, then what the user changes.
-
-    Raises:
-        PotstillError: A name, field or combination that does not exist.
-    """
-    if ask.steps is not None and ask.minutes is not None:
-        raise PotstillError("--steps and --minutes exclude each other; give one")
-    if ask.steps is not None and ask.steps < 0:
-        raise PotstillError(f"--steps {ask.steps} is below 0")
-    if ask.minutes is not None and not (math.isfinite(ask.minutes) and ask.minutes > 0):
-        raise PotstillError(f"--minutes {ask.minutes:g} is not a time; a number above 0 is needed")
-    if isinstance(ask.method, Recipe):
-        recipe = ask.method
-    else:
-        preset = (
-            ask.preset
-            if ask.preset is not None
-            else ("paper" if ask.steps is not None or ask.device != "cpu" else "small")
-        )
-        recipe = find(ask.method, preset, ask.ipc if isinstance(ask.ipc, int) else max(ask.ipc))
-        if not ask.preset and recipe.objective is not None:
-            why = (
-                "--steps asks for the paper's numbers"
-                if preset == "paper"
-                else "a CPU's; --preset paper for the paper's"
-            )
-            say(f"preset {preset} ({why})")
-    settings = dict(ask.settings)
-    recorded = with_experts(recipe, ask.experts)
-    if recorded is not recipe and isinstance(recorded.source, Experts):
-        recipe = recorded
-        if ask.network is None and "network" not in settings:
-            own = recorded.source.trajectories.meta["network"]
-            say(f"network {own}: that of the experts")
-            settings = {"network": own, "student": own, **settings}
-    if ask.network is not None:
-        settings = {"network": ask.network, "student": ask.network, **settings}
-    elif len(data.shape) != 3 and recipe.network.startswith(("convnet", "widenet")):
-        say("network mlp: the inputs are vectors")
-        settings = {"network": "mlp", **({} if is_kernel(recipe.student) else {"student": "mlp"}), **settings}
-    if ask.init and recipe.objective is None and ask.init != recipe.init:
-        raise PotstillError(f"--init {ask.init}: method '{recipe.method}' is its start; take --method for another one")
-    if ask.init is not None:
-        settings["init"] = ask.init
-    if ask.steps is not None:
-        settings["steps"] = ask.steps
-    recipe = change(recipe, settings) if settings else recipe
-    if isinstance(recipe.source, Experts):
-        recipe = replace(recipe, source=replace(recipe.source, folder=str(ask.experts or "")))
-    if recipe.source is not None:
-        recipe.source.check(build_network(recipe.network, data.shape, data.task.outputs), data)
-    check_asked(recipe, protocol_of(recipe.protocol))
-    for name in dict.fromkeys(n for n in (recipe.network, recipe.student) if not is_kernel(n)):
-        for note in build_network(name, data.shape, data.task.outputs).notes:
-            say(note)
-    fitted = fitting(recipe.augment, data.mirror, data.shape)
-    if fitted != recipe.augment:
-        left = [op for op in recipe.augment.ops if op not in fitted.ops]
-        why = "a mirrored input may be of another class" if len(data.shape) == 3 else "the inputs are no images"
-        say(f"augmentation without {', '.join(left)}: {why}")
-        recipe = replace(recipe, augment=fitted)
-    return recipe
-
-
-def with_experts(recipe: Recipe, folder: str | Path | None) -> Recipe:
-    """The recipe with recorded networks, where a folder of them is given, in place of those of its source.
-
-    A recipe that replays experts keeps its stretches of their trajectories; any other takes a network of any epoch.
-    """
-    if folder is None:
-        return recipe
-    source = recipe.source
-    if source is None:
-        raise PotstillError(f"--experts: method '{recipe.method}' needs no network")
-    if not isinstance(source, Experts):
-        if recipe.objective is not None and not recipe.objective.needs.network:
-            raise PotstillError(f"--experts: method '{recipe.method}' needs no network")
-        source = Experts(max_start=open_experts(folder).epochs + 1)
-    return replace(recipe, source=replace(source, folder=str(folder)))
 
 
 def plan(still: Still, minutes: float, spent: float, say: Callable[[str], None]) -> int:
@@ -305,24 +220,6 @@ def coreset(school: School, recipe: Recipe, counts: list[int], start: Synthetic)
         school.say(soft.words)
         labels, meta = soft.labels, replace(meta, labels="soft", teacher=soft.describe())
     return DistilledSet(inputs, labels, meta, matrix=matrix_of(school.data.transform))
-
-
-def whole_numbers(ipc: Any) -> int | list[int]:
-    """Images per class as plain numbers: one, or one for each class.
-
-    Raises:
-        PotstillError: Something else, such as a float.
-    """
-    try:
-        if isinstance(ipc, bool):
-            raise TypeError
-        return (
-            operator.index(ipc)
-            if hasattr(ipc, "__index__") and not getattr(ipc, "ndim", 0)
-            else [operator.index(n) for n in ipc]
-        )
-    except TypeError:
-        raise PotstillError(f"ipc {ipc!r} is not a whole number, nor several of them") from None
 
 
 def check_coreset(out: Path, made: DistilledSet) -> None:
