@@ -12,7 +12,7 @@ import potstill
 from potstill.augment import Augment
 from potstill.data import Data
 from potstill.errors import PotstillError
-from potstill.evaluation import Judge, fitting
+from potstill.judge import Judge, fitting
 from potstill.exchange import DistilledSet, describe_set
 from potstill.functional import Key
 from potstill.methods import DSA, METHODS
