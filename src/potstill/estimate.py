@@ -72,6 +72,7 @@ def live_peak(function: Callable[..., Any], *args: Tree) -> int:
         args: Trees of tensors, which do not count themselves.
 
     Example:
+        >>> import torch
         >>> live_peak(lambda x: (x + 1).sum(), torch.zeros(1000))
         4004
     """
@@ -90,6 +91,7 @@ def peak_of(function: Callable[..., Any], *args: Tree) -> int:
         Unpredictable: What the function does depends on numbers, not on shapes alone.
 
     Example:
+        >>> import torch
         >>> peak_of(lambda x: (x + 1).sum(), torch.zeros(1).expand(10**12))
         4000000000004
     """

@@ -73,7 +73,7 @@ class Network:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         seen: dict[str, Tensor] = {}
         out = Chain(layers)(state, x.to(self.precision) if self.precision else x, stats, seen)
-        return out.to(x.dtype), {k: v.detach() for k, v in seen.items()}
+        return out.to(x.dtype), seen
 
     def forward(
         self, state: State, x: Float[Tensor, n * shape], stats: Stats = "batch"
