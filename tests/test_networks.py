@@ -258,12 +258,19 @@ def test_vmap_over_stacked_weights(norm):
     torch.testing.assert_close(grads["conv0.weight"][1], one["conv0.weight"], **CLOSE)
 
 
-def test_statistics_carry_no_gradient():
+def test_statistics_are_differentiated():
+    """An unrolled training stores them, so what is judged after it depends on its inputs through them, too."""
     net, state = made("convnet-batch-w4", (1, 8, 8))
-    x = noise(3, 1, 8, 8).requires_grad_()
-    logits, seen = net.forward(state, x)
-    assert logits.requires_grad and seen.keys() == state.buffers.keys()
-    assert not any(v.requires_grad for v in seen.values())
+    x = noise(3, 1, 8, 8)
+    assert net.forward(state, x)[1].keys() == state.buffers.keys()
+
+    def mean(x):
+        return net.forward(state, x)[1]["norm0.mean"].sum()
+
+    way = noise(3, 1, 8, 8).flip(0)
+    found = float((torch.func.grad(mean)(x) * way).sum())
+    assert found == pytest.approx(float(mean(x + 1e-6 * way) - mean(x - 1e-6 * way)) / 2e-6, rel=1e-6)
+    assert abs(found) > 1e-6
 
 
 # --- fresh weights
