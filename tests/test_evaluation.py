@@ -12,9 +12,9 @@ import potstill
 from potstill.augment import Augment
 from potstill.data import Data
 from potstill.errors import PotstillError
-from potstill.judge import Judge, fitting
 from potstill.exchange import DistilledSet, describe_set
 from potstill.functional import Key
+from potstill.judge import Judge, fitting
 from potstill.methods import DSA, METHODS
 from potstill.networks import network
 from potstill.recipe import change
