@@ -175,6 +175,22 @@ def test_augmentation_is_replayed():
     assert not any(torch.equal(a, b) for a, b in zip(leaves(first.params), leaves(other.params), strict=True))
 
 
+def test_every_step_is_augmented_in_its_own_way():
+    """Step i takes row i of what was drawn: the walk by hand, each batch augmented outside of it."""
+    objective, s, _, net, draws = setting(Unrolled(steps=3, rate=0.1, augment=DSA))
+    mine = objective.fit(s, net, draws).params
+    params = net.state.params
+    for i in range(3):
+        x = DSA(s.learned["inputs"][None], {k: d[i : i + 1] for k, d in draws["augment"].items()})[0]
+
+        def loss(params, x=x):
+            return F.cross_entropy(net.network(State(params, {}), x, "batch"), s.fixed["labels"])
+
+        grads = torch.func.grad(loss)(params)
+        params = {k: p - s.rates[0] * grads[k] for k, p in params.items()}
+    assert all(torch.allclose(mine[k], p, rtol=1e-10, atol=1e-13) for k, p in params.items())
+
+
 def test_a_learned_rate_is_never_negative():
     """However hard a step pushes it down."""
     s = Synthetic(
