@@ -252,3 +252,27 @@ def test_results_are_plain_json(short):
               "accuracy_std", "seconds", "peak_bytes"}  # fmt: skip
     assert wanted <= set(json.loads(json.dumps(row))) and row["peak_bytes"] > 1e6 and row["seconds"] > 0
     assert not math.isnan(row["accuracy_mean"])
+
+
+def test_the_reviews_protocols_take_all_samples_at_once_and_the_sets_own_augmentation():
+    data = toy()
+    dm, dc = ({"recipe": describe_set(data, METHODS[m]("paper"), [3] * 3, 0, 0).recipe} for m in ("dm", "dc"))
+    judge = Judge(data, PROTOCOLS["review"])
+    assert judge.resolved(real_set(data, **dm)).augment == fitting(DSA, data.mirror, data.shape) != Augment()
+    assert judge.resolved(real_set(data, **dc)).augment == Augment()
+    transfer = replace(judge, protocol=PROTOCOLS["review-transfer"])
+    assert transfer.resolved(real_set(data, **dc)).augment == fitting(DSA, data.mirror, data.shape)
+    for name in ("review", "review-transfer"):
+        assert PROTOCOLS[name].plan(5000) == (1000, 1) and PROTOCOLS[name].size(5000) == 5000
+    assert "own" in PROTOCOLS["review"].words and "full batch" in PROTOCOLS["review"].words
+    all_at_once, shuffled = (replace(SHORT, epochs=6, batch=size) for size in (0, 9))
+    net, x, y = (
+        network("convnet-w8-d2", data.shape, 3),
+        data.prepare(data.train.inputs[::3])[:9],
+        data.train.labels[::3][:9],
+    )
+    (a,), (b,) = (
+        Trainer(net, p, data.task, False, "cpu").fit([(x, y)], [Key(7)], lambda n: None)
+        for p in (all_at_once, shuffled)
+    )
+    assert all(torch.equal(a.params[k], b.params[k]) for k in a.params)

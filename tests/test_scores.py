@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import scipy.stats
+
 from potstill import scores
 
 

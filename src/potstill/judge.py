@@ -25,7 +25,7 @@ from .functional import Key
 from .measure import peak_bytes, reset_peak
 from .networks import network
 from .records import cache, digest, write_json
-from .students import KERNEL, Ridge, Walker, fit_of, is_kernel, labels_for, own_kernel
+from .students import KERNEL, Ridge, Walker, fit_of, is_kernel, labels_for, own_kernel, recipe_of_set
 from .synthetic import pick, pick_random
 from .teacher import School, seconds_of_labels, soften
 from .training import PROTOCOLS, Protocol, Trainer
@@ -170,7 +170,9 @@ class Judge:
 
     def resolved(self, asks: DistilledSet | None) -> Protocol:
         """The protocol for this data: without augmentation that they do not bear, with the rate that a set has learned."""
-        protocol = replace(self.protocol, augment=fitting(self.protocol.augment, self.data.mirror, self.data.shape))
+        recipe = recipe_of_set(asks) if self.protocol.own else None
+        augment = self.protocol.augment if recipe is None else recipe.augment
+        protocol = replace(self.protocol, augment=fitting(augment, self.data.mirror, self.data.shape))
         if protocol.lr or asks is None or asks.lr is None:
             return protocol
         return replace(protocol, lr=float(asks.lr.mean()))

@@ -38,14 +38,14 @@ def is_kernel(name: str) -> bool:
 
 def own_kernel(set_: DistilledSet | None) -> tuple[str, float]:
     """Name of the kernel and ridge that a set was made with, the usual ones where it was made otherwise."""
-    recipe = _recipe(set_)
+    recipe = recipe_of_set(set_)
     objective = recipe.objective if recipe is not None else None
     if isinstance(objective, KernelRidge) and is_kernel(objective.kernel):
         return objective.kernel, objective.ridge
     return USUAL, RIDGE
 
 
-def _recipe(set_: DistilledSet | None) -> Recipe | None:
+def recipe_of_set(set_: DistilledSet | None) -> Recipe | None:
     """What a set says of how it was made, where that is a recipe of the library's own parts."""
     try:
         return from_dict(set_.meta.recipe) if set_ is not None else None
@@ -114,7 +114,7 @@ class Walker:
     def __init__(
         self, net: Network, task: Classification, set_: DistilledSet | None, labels: str, compile: bool, device: str
     ) -> None:
-        recipe = _recipe(set_)
+        recipe = recipe_of_set(set_)
         if set_ is None or recipe is None or not isinstance(recipe.objective, Unroll) or set_.lr is None:
             raise PotstillError(
                 "protocol 'unrolled' walks the steps that a set was made for; this one was made without"

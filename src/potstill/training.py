@@ -30,7 +30,7 @@ class Protocol:
         name: What `--protocol` calls it.
         epochs: Passes over the set.
         steps: At least so many steps: more passes where the set is small.
-        batch: Samples per step, all of them where the set is smaller.
+        batch: Samples per step, all of them where the set is smaller or this is 0.
         lr: Learning rate; 0 for the one that the set has learned.
         momentum: Of SGD.
         weight_decay: Added to the gradient, times the weights.
@@ -41,6 +41,7 @@ class Protocol:
         rule: `sgd` or `adam`.
         fit: The loss: `cross-entropy`, or `squared` for outputs near centred labels.
         average: Decay of a running average of the weights, which is what is judged; 0 judges the last weights.
+        own: Whether the augmentation is, in place of `augment`, the one that a set was made with.
         lengths: (samples, steps) in place of `steps`: for sets up to so many samples at least so many steps.
     """
 
@@ -57,6 +58,7 @@ class Protocol:
     fit: str = "cross-entropy"
     average: float = 0.0
     lengths: tuple[tuple[int, int], ...] = ()
+    own: bool = False
 
     @property
     def hash(self) -> str:
@@ -64,7 +66,7 @@ class Protocol:
 
         What protocols could not say at first counts only where it is said, so that older numbers keep theirs.
         """
-        later = {f.name: f.default for f in fields(self) if f.name in ("rule", "fit", "average", "lengths")}
+        later = {f.name: f.default for f in fields(self) if f.name in ("rule", "fit", "average", "lengths", "own")}
         return digest({k: v for k, v in asdict(self).items() if k not in later or v != later[k]})
 
     @property
@@ -80,11 +82,17 @@ class Protocol:
         loss = "" if self.fit == "cross-entropy" else f", {self.fit} loss"
         mean = f", weights averaged over steps ({self.average:g})" if self.average else ""
         rule = {"sgd": "SGD", "adam": "Adam"}[self.rule]
-        return f"{', at least '.join(long)}, {rule} {rate}, batch {self.batch}{loss}{mean}, augmentation {self.augment}"
+        batch = f"batch {self.batch}" if self.batch else "full batch"
+        augment = "the set's own" if self.own else str(self.augment)
+        return f"{', at least '.join(long)}, {rule} {rate}, {batch}{loss}{mean}, augmentation {augment}"
+
+    def size(self, samples: int) -> int:
+        """Samples in a step."""
+        return min(self.batch or samples, samples)
 
     def plan(self, samples: int) -> tuple[int, int]:
         """Epochs, and steps in each. A partial batch is kept where a set has few batches, left out elsewhere."""
-        full, rest = divmod(samples, self.batch)
+        full, rest = divmod(samples, self.batch or samples)
         each = full + (rest > 0) if full < 10 else full
         enough = [steps for most, steps in self.lengths if samples <= most] or [s for _, s in self.lengths[-1:]]
         return max(self.epochs, -(-max([self.steps, *enough[:1]]) // each)), each
@@ -111,6 +119,8 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("dc", epochs=300),
         Protocol("dsa", epochs=1000, augment=DSA),
         Protocol("mtt", epochs=1000, lr=0.0, augment=DSA),
+        Protocol("review", epochs=1000, batch=0, own=True),
+        Protocol("review-transfer", epochs=1000, batch=0, augment=DSA),
         Protocol(
             "frepo",
             epochs=0,
@@ -201,7 +211,7 @@ class Trainer:
     def flops(self, samples: int) -> float:
         """Floating-point operations of training one network: forward and twice as much backward."""
         epochs, each = self.protocol.plan(samples)
-        return 3 * sample_flops(self.net) * min(self.protocol.batch, samples) * epochs * each
+        return 3 * sample_flops(self.net) * self.protocol.size(samples) * epochs * each
 
     def fit(
         self,
@@ -231,7 +241,7 @@ class Trainer:
         prepare: Callable[[Tensor], Tensor] | None,
     ) -> list[State]:
         samples = len(sets[0][0])
-        batch = min(self.protocol.batch, samples)
+        batch = self.protocol.size(samples)
         epochs, each = self.protocol.plan(samples)
         made = [self.net.init(key.fold("weights")) for key in keys]
         states = State(*tree_map(lambda *t: torch.stack(t).to(self.device), *map(tuple, made)))
