@@ -15,7 +15,7 @@ from typing import Any
 from . import __version__
 from .errors import PotstillError, Stopped, unknown
 
-COMMANDS = ("distill", "evaluate", "experts", "export", "list", "show", "cite")
+COMMANDS = ("distill", "evaluate", "experts", "benchmark", "export", "list", "show", "cite")
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,9 +122,19 @@ def parser() -> Parser:
     )
     t.add_argument("--resume", action="store_true", help="continue the recording in the folder, or add experts to it")
     t.add_argument("--force", action="store_true", help="start again in a folder that holds a recording")
+    b = add("benchmark", "Run a table of methods, data and sizes cell by cell; what is there already is kept.")
+    b.add_argument("name", metavar="NAME|FILE", help="quick, review, review-transfer, cost, or a .toml of your own")
+    b.add_argument("--only", metavar="GLOB", help="cells such as '*/dm/1' or 'cost/*'")
+    b.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/NAME)")
+    b.add_argument("--minutes", type=float, help="leave out cells beyond this budget")
+    b.add_argument("--no-zoo", action="store_true", help="make every set, also those that the zoo has")
+    b.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
+    b.add_argument(
+        "--data", action="append", default=[], metavar="NAME=OTHER", help="data that stand for others, such as a copy"
+    )
     for p in (d, e):
         p.add_argument("--repeats", type=int, default=5, help="fresh networks for each number (default: 5)")
-    for p in (d, e, t):
+    for p in (d, e, t, b):
         p.add_argument(
             "--data-root", type=Path, metavar="DIR", help="folder of downloaded data (default: $POTSTILL_DATA)"
         )
@@ -224,6 +234,30 @@ def _experts(args: argparse.Namespace) -> None:
     print(f"{made.count} experts of {made.epochs} epochs: {made.folder}")
 
 
+def _benchmark(args: argparse.Namespace) -> None:
+    from .bench import Bench
+    from .benchmark import Benchmark, planned
+    from .places import shipped
+    from .rows import suites
+
+    exchange = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in args.data)
+    if wrong := [name for name, other in exchange.items() if not name or not other]:
+        raise PotstillError(f"--data {wrong[0]}: NAME=OTHER is needed, such as cifar10=hf:cifar10-jpeg75")
+    found = suites(args.name, [rows] if (rows := shipped("benchmarks/rows")) else [])
+    bench = Bench(
+        args.out or Path("results") / Path(args.name).stem, exchange, not args.no_zoo, args.data_root, args.device,
+        args.compile, args.precision, say, progress_bar,
+    )  # fmt: skip
+    work = Benchmark(found, bench)
+    cells = work.plan(args.only, args.minutes)
+    if not cells:
+        raise PotstillError(f"--only {args.only!r} keeps no cell of {args.name}")
+    print(planned(cells), flush=True)
+    if not args.plan:
+        fates = work.run(cells)
+        print(", ".join(f"{count} {fate}" for fate, count in fates.items()) + f": {bench.out}")
+
+
 def _export(args: argparse.Namespace) -> None:
     from .export import export_set
 
@@ -287,9 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a GPU's tools on a CPU's machine
     try:
         args = parser().parse_args(arguments)
-        dict(zip(COMMANDS, (_distill, _evaluate, _experts, _export, _list, _show, _cite), strict=True))[args.command](
-            args
-        )
+        dict(zip(COMMANDS, (_distill, _evaluate, _experts, _benchmark, _export, _list, _show, _cite), strict=True))[
+            args.command
+        ](args)
         sys.stdout.flush()
         return 0
     except PotstillError as error:
