@@ -24,7 +24,7 @@ CIFAR = (
 )
 JPEG = (
     "The source data are a copy of CIFAR-10 in which each image was stored once as JPEG of quality 75, not the original: "
-    "this set was made from that copy, and accuracies are on its test images. "
+    "what was distilled is that copy, and accuracies are on its test images. "
 )
 FASHION = (
     "The source data, Fashion-MNIST, are under the MIT licence, © 2017 Zalando SE "

@@ -11,7 +11,7 @@ from .errors import PotstillError, unknown
 ZOO = "POTSTILL_ZOO"
 NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,63}/){2}[1-9][0-9]{0,5}", re.ASCII)  # data/method/ipc: no way out of a folder
 SET = "set.safetensors"
-HINT = "`potstill list zoo` shows all; a path must be that of a folder with a set.safetensors, or of such a file"
+HINT = f"`potstill list zoo` shows all, {ZOO} names folders of more; a path must be that of a folder with a {SET}, or of such a file"
 
 
 def shipped(name: str) -> Path | None:
@@ -94,5 +94,5 @@ def locate(path: str | Path) -> Path:
     Raises:
         PotstillError: Something of a name's form that is neither.
     """
-    name = path.as_posix() if isinstance(path, Path) else path
+    name = path.as_posix() if isinstance(path, Path) else path.removesuffix("/")
     return find(name) if not os.path.exists(path) and NAME.fullmatch(name) else Path(path)

@@ -101,10 +101,11 @@ def _results(path: Path, made: DistilledSet) -> list[dict[str, Any]]:
     A set is judged before its baselines: under each network and protocol the first row of its own method is its own.
     """
     kept: dict[tuple[str, ...], dict[str, Any]] = {}
-    for source in (_evaluation(path), record_of(path).get("results")):
+    sources: list[Any] = [_evaluation(path), record_of(path).get("results")]
+    for source in sources:
         judged = rows_of(source)
         seen: set[tuple[str, str]] = set()
-        for row, raw in zip(judged, source or [], strict=False):
+        for row, raw in zip(judged, source if judged else [], strict=True):
             under = (str(row["network"]), str(row["protocol"]))
             fits = raw.get("method") == made.meta.method and raw.get("images") == len(made)
             who = "this set" if fits and under not in seen else str(row["set"])
@@ -132,7 +133,7 @@ def rows(found: Sequence[Cell]) -> list[tuple[str, ...]]:
 
 
 def departures(recipe: Mapping[str, Any], ipc: int) -> list[tuple[str, str, str]] | None:
-    """Where a recipe is not its paper's: field, value, the paper's value.
+    """Where a recipe departs from the preset `paper` of its method: field, value, the preset's value.
 
     Args:
         recipe: As a set carries it. Fields that did not exist when it was made have their defaults.
@@ -187,10 +188,13 @@ def card(path: str | Path) -> str:
 
 
 def _recipe(recipe: Mapping[str, Any], ipc: int, record: Mapping[str, Any]) -> list[str]:
-    """How a set was made, and where that is not what the paper did."""
-    used = [plain(recipe.get(k, "")) for k in ("method", "preset", "network")]
+    """How a set was made, and where that departs from the paper."""
+    method, preset, network = (plain(recipe.get(k, "")) for k in ("method", "preset", "network"))
+    source = recipe.get("source")
+    learned = isinstance(source, Mapping) and source.get("kind") != "none"
     lines = [
-        f"Method `{used[0]}`, preset `{used[1]}`, network `{used[2]}`. `recipe.toml` is the whole of it, `record.json` the run."
+        f"Method `{method}`, preset `{preset}`" + (f", learned with `{network}`" if learned else "") + ". "
+        "`recipe.toml` is the whole of it, `record.json` the run."
     ]
     data = record.get("data")
     if isinstance(data, dict) and isinstance(data.get("train"), int) and isinstance(data.get("heldout"), int):
@@ -200,16 +204,11 @@ def _recipe(recipe: Mapping[str, Any], ipc: int, record: Mapping[str, Any]) -> l
         lines += ["", "```console", f"$ {command}", "```"]
     found = departures(recipe, ipc)
     if found:
-        lines += [
-            "",
-            "Where it is not the paper's (preset `paper`):",
-            "",
-            "| field | here | paper |",
-            "| --- | --- | --- |",
-        ]
+        lines += ["", "Where it departs from the preset `paper`:", ""]
+        lines += ["| field | here | `paper` |", "| --- | --- | --- |"]
         lines += [f"| `{field}` | {plain(here)} | {plain(there)} |" for field, here, there in found]
     elif found is not None:
-        lines += ["", "It is the paper's (preset `paper`)."]
+        lines += ["", "It is the preset `paper`, unchanged."]
     return [*lines, ""]
 
 
