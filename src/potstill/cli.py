@@ -82,7 +82,7 @@ def parser() -> Parser:
         "sets",
         nargs="+",
         metavar="SET",
-        help="a set's folder or file; also a .pt of DC, DSA or DM, MTT's folder, a .npz",
+        help="a set's folder or file, or a name of `potstill list zoo`; also a .pt of DC, DSA or DM, MTT's folder, a .npz",
     )
     e.add_argument("--data", help="the data, if not the set's own")
     e.add_argument(
@@ -143,12 +143,12 @@ def parser() -> Parser:
         p.add_argument("--compile", default="auto", help="auto, on or off")
 
     x = add("export", "Write a set as PNG, npz or Parquet, with a card that says how to use it.")
-    x.add_argument("set", metavar="SET", help="a folder with a set.safetensors, or such a file")
+    x.add_argument("set", metavar="SET", help="a folder with a set.safetensors, such a file, or a name of the zoo")
     x.add_argument("--to", required=True, help="png, npz or parquet")
     x.add_argument("--out", required=True, type=Path, metavar="PATH", help="a new folder; or a new .npz or .parquet")
 
     s = add("list", "What there is.")
-    s.add_argument("what", help="methods, datasets, networks or protocols")
+    s.add_argument("what", help="methods, datasets, networks, protocols or zoo")
     s = add("show", "A method's recipe as TOML, which --recipe reads.")
     s.add_argument("method")
     s.add_argument("--preset", default="paper")
@@ -270,7 +270,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for r in rows:
         score = f"{100 * r['accuracy_mean']:.1f} %" + (f" ± {100 * r['accuracy_std']:.1f}" if r["repeats"] > 1 else "")
         lines.append((r["set"], str(r["images"]), r["network"], r["protocol"], score, str(r["repeats"])))
-    widths = [max(len(line[i]) for line in lines) for i in range(6)]
+    return columns(lines)
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """Words in columns, two blanks between."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
@@ -294,13 +299,17 @@ def _list(args: argparse.Namespace) -> None:
     if args.what == "protocols":
         for p in PROTOCOLS.values():
             print(f"{p.name:15} {p.words}, hash {p.hash}")
+    elif args.what == "zoo":
+        from .zoo import cells, rows
+
+        print(columns(rows(cells())))
     elif args.what in tables:
         for name, made in tables[args.what].items():
             print(f"{name:15} {(made.__doc__ or '').strip().splitlines()[0]}")
         for form, text in FORMS.items() if args.what == "datasets" else ():
             print(f"{form:15} {text}")
     else:
-        raise unknown("list of", args.what, [*tables, "protocols"])
+        raise unknown("list of", args.what, [*tables, "protocols", "zoo"])
 
 
 def _show(args: argparse.Namespace) -> None:
