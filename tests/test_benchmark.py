@@ -357,7 +357,7 @@ def test_running_out_of_memory_is_a_result(root, monkeypatch):
         "c._limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (int(open('/proc/self/statm').read().split()[0]) * 4096 + 2**26,) * 2)\n"
         "print(json.dumps(c._answer(json.load(sys.stdin))))"
     )
-    request = {"row": {"method": "dm", "data": "toy", "ipc": 9, "network": "convnet-w512", "preset": "small", "settings": {}},
+    request = {"row": {"method": "dm", "data": "toy", "ipc": 7, "network": "convnet-w2048", "preset": "small", "settings": {}},
                "data": "toy", "root": str(root), "compile": False, "precision": "fp32", "device": "cpu"}  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", code], input=json.dumps(request), capture_output=True, text=True, timeout=120

@@ -18,15 +18,15 @@ def shipped(name: str) -> Path | None:
     """A folder that comes with the package: the repository's where that is a checkout, else the one in the wheel.
 
     Args:
-        name: Its path in the repository: `zoo` or `benchmarks/rows`. In the wheel they are `potstill/_zoo` and
-            `potstill/_rows`.
+        name: Its path in the repository: `zoo` or `benchmarks`. In the wheel they are `potstill/_zoo` and
+            `potstill/_benchmarks`.
 
     Returns:
         The folder, or nothing where neither is there.
     """
     package = Path(__file__).resolve().parent
     checkout = [package.parent.parent / name] if package.parent.name == "src" else []
-    places = [*checkout, package / f"_{name.rpartition('/')[2]}"]
+    places = [*checkout, package / f"_{name}"]
     return next((p for p in places if p.is_dir()), None)
 
 
