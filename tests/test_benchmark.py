@@ -231,11 +231,13 @@ def test_a_budget_a_pattern_and_data_that_stand_for_others(root, tmp_path, short
     rows = DM.replace("steps = 4", "minutes = 2.0") + RANDOM.replace('"toy"', '"cifar10"')
     work = bench_of(tmp_path, HEAD + rows, exchange={"cifar10": "toy"})
     fates = [(c.row.cell, c.fate) for c in work.plan(budget=1.0)]
-    assert fates == [("toy/dm/1", "left out"), ("toy/random/2", "to do")]
+    assert fates == [("toy/dm/1", "left out"), ("cifar10/random/2", "to do")]
     assert [c.row.cell for c in work.plan("*/dm/*")] == ["toy/dm/1"] and work.plan("mnist/*") == []
     text = planned(work.plan(budget=1.0))
     assert "left out: beyond the budget" in text and "1 of 2 cells to do" in text
     assert work.plan()[0].minutes >= 2
+    assert work.run(work.plan("cifar10/*")) == {"done": 1}
+    assert records(tmp_path)["performance/cifar10/random/2"]["data"] == "toy", "what they stand for names the cell only"
 
 
 def test_experts_are_recorded_once_and_shared(root, tmp_path, short, monkeypatch):

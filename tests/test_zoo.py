@@ -417,7 +417,9 @@ def test_the_wheel_ships_the_sets_of_one_image_per_class(tmp_path):
         for p in (ROOT / "benchmarks" / "rows").rglob("*")
         if p.is_file()
     }
-    assert {n.removeprefix("potstill/_benchmarks/rows/") for n in there if n.startswith("potstill/_benchmarks/rows/")} == rows
+    assert {
+        n.removeprefix("potstill/_benchmarks/rows/") for n in there if n.startswith("potstill/_benchmarks/rows/")
+    } == rows
     assert {"potstill/__init__.py", "potstill/py.typed", "potstill/templates/run.html.j2"} <= set(there)
     assert not [n for n in there if n.split("/")[0] not in ("potstill", f"potstill-{potstill.__version__}.dist-info")]
     assert wheel.stat().st_size < 10 * MIB

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import Timeout
 
-from . import places
+from . import findings, places
 from .bench import Bench
 from .cells import accuracy, minutes
 from .compiling import choose_compile, keep_memory
@@ -37,7 +37,7 @@ class Cell:
 
     Args:
         suite: Its suite.
-        row: The row, its data exchanged where the user asked for that.
+        row: The row.
         minutes: Estimated.
         mark: Digest of all that its numbers depend on; nothing where its data are not there.
         fate: `to do`, `kept` (its record is there), `left out` (of the budget) or `absent`.
@@ -80,7 +80,7 @@ class Benchmark:
         for suite in self.suites:
             for row in suite.rows:
                 if only is None or fnmatch.fnmatch(self.name(suite, row), only):
-                    cell = self._planned(suite, replace(row, data=self.bench.exchange.get(row.data, row.data)))
+                    cell = self._planned(suite, row)
                     if cell.fate == TODO and left is not None:
                         if cell.minutes > left:
                             cell = replace(cell, fate=LEFT, reason="beyond the budget")
@@ -88,6 +88,16 @@ class Benchmark:
                             left -= cell.minutes
                     cells.append(cell)
         return cells
+
+    def judge_findings(self, file: Path) -> list[dict[str, str]]:
+        """Hold the findings of a file against all records of the folder, and write the verdicts beside them."""
+        found = {}
+        for path in sorted((self.bench.out / "cells").rglob("*.json")):
+            record = read_json(path)
+            found[("transfer/" if record["table"] == "transfer" else "") + record["cell"]] = record
+        verdicts = findings.judge_all(findings.read(file), found)
+        write_json(self.bench.out / "findings.json", verdicts)
+        return verdicts
 
     @staticmethod
     def name(suite: Suite, row: Row | CostRow) -> str:
@@ -182,7 +192,7 @@ class Benchmark:
             "reason": "",
             "inputs": cell.mark,
             "method": row.method,
-            "data": row.data,
+            "data": self.bench.exchange.get(row.data, row.data),
             "ipc": row.ipc,
             "row": {k: v for k, v in asdict(row).items() if v not in ("", (), {}, None)},
             "command": f"potstill benchmark {cell.suite.name} --only '{self.name(cell.suite, row)}'",
@@ -218,7 +228,7 @@ class Benchmark:
             "peak_bytes": None,
             "baseline_bytes": None,
         }
-        measured = in_own_process(row, row.data, b.data_root, on, b.precision, b.device)
+        measured = in_own_process(row, b.exchange.get(row.data, row.data), b.data_root, on, b.precision, b.device)
         return {**record, **blank, **measured}
 
 

@@ -243,7 +243,8 @@ def _benchmark(args: argparse.Namespace) -> None:
     exchange = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in args.data)
     if wrong := [name for name, other in exchange.items() if not name or not other]:
         raise PotstillError(f"--data {wrong[0]}: NAME=OTHER is needed, such as cifar10=hf:cifar10-jpeg75")
-    found = suites(args.name, [home / "rows"] if (home := shipped("benchmarks")) else [])
+    home = shipped("benchmarks")
+    found = suites(args.name, [home / "rows"] if home else [])
     bench = Bench(
         args.out or Path("results") / Path(args.name).stem, exchange, not args.no_zoo, args.data_root, args.device,
         args.compile, args.precision, say, progress_bar,
@@ -256,6 +257,8 @@ def _benchmark(args: argparse.Namespace) -> None:
     if not args.plan:
         fates = work.run(cells)
         print(", ".join(f"{count} {fate}" for fate, count in fates.items()) + f": {bench.out}")
+        if home is not None and (file := home / "findings.toml").is_file():
+            work.judge_findings(file)
 
 
 def _export(args: argparse.Namespace) -> None:
