@@ -16,9 +16,9 @@ from typing import Any
 
 from filelock import Timeout
 
-from . import findings, places
+from . import findings
 from .bench import Bench
-from .cells import accuracy, minutes
+from .cells import accuracy, in_zoo, minutes
 from .compiling import choose_compile, keep_memory
 from .costs import in_own_process, out_of_memory
 from .errors import PotstillError, Stopped
@@ -79,7 +79,7 @@ class Benchmark:
         cells, left = [], budget
         for suite in self.suites:
             for row in suite.rows:
-                if only is None or fnmatch.fnmatch(self.name(suite, row), only):
+                if only is None or any(fnmatch.fnmatch(n, only) for n in (row.cell, self.name(suite, row))):
                     cell = self._planned(suite, row)
                     if cell.fate == TODO and left is not None:
                         if cell.minutes > left:
@@ -114,7 +114,7 @@ class Benchmark:
         if isinstance(row, Row):
             parts += [protocol_of(row.protocol).hash]
             parts += [asdict(suite.experts[row.experts])] if row.experts else []
-            lies = places.names().get(f"{data.slug}/{row.method}/{row.ipc}") if self.bench.zoo else None
+            lies = in_zoo(self.bench, row, data)
             parts += [read_json(lies / "record.json")["set"]["sha256"]] if lies is not None else []
         mark = digest(parts)
         try:

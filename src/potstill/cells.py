@@ -107,11 +107,16 @@ def _ways(
         yield "random", "plain", lambda: bare.random(set_, name)
 
 
+def in_zoo(bench: Bench, row: Row, data: Data) -> Path | None:
+    """Where the zoo's set of a row lies, if there is one and the row is not an ablation with a name of its own."""
+    return places.names().get(f"{data.slug}/{row.method}/{row.ipc}") if bench.zoo and not row.name else None
+
+
 def made(bench: Bench, suite: Suite, row: Row, record: Record, seed: int, data: Data) -> DistilledSet:
     """The row's set of a seed: as the record has it, from its run's last checkpoint, or from the start."""
-    name = f"{data.slug}/{row.method}/{row.ipc}"
-    if bench.zoo and seed == row.seeds[0] and (lies := places.names().get(name)) is not None:
-        _enter(record, seed, f"{ZOO}{name}", read_json(lies / "record.json"))
+    lies = in_zoo(bench, row, data)
+    if lies is not None and seed == row.seeds[0]:
+        _enter(record, seed, f"{ZOO}{data.slug}/{row.method}/{row.ipc}", read_json(lies / "record.json"))
         return load(lies)
     place = f"runs/{suite.table}/{row.cell}/seed{seed}"
     folder = bench.out / place

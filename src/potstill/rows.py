@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -53,7 +54,8 @@ class Row:
         variants: `hard` (the set with hard labels) and `plain` (no augmentation), for the scores of fairness.
         experts: Name of a recording in the file.
         settings: Recipe fields to change.
-        published: What a paper says.
+        published: What a paper says; of several networks, for the first.
+        name: In place of the method in the cell's name, where a method has several rows.
     """
 
     method: str
@@ -72,11 +74,12 @@ class Row:
     experts: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     published: Published | None = None
+    name: str = ""
 
     @property
     def cell(self) -> str:
         """Its name within a table."""
-        return f"{self.data}/{self.method}/{self.ipc}".replace(":", "-")
+        return f"{self.data}/{self.name or self.method}/{self.ipc}".replace(":", "-")
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,7 @@ def faults(row: Row | CostRow, experts: Mapping[str, Recording]) -> list[str]:
         check(row.batch == "full" or (isinstance(row.batch, int) and row.batch > 0), f"batch is {row.batch!r}; a number of samples or full is needed")  # fmt: skip
         check(row.limit_seconds > 0, "limit_seconds is not above 0")
     else:
+        check(re.fullmatch(r"[\w.-]*", row.name) is not None, f"name {row.name!r} is more than letters, digits, . - _")
         among("protocol", row.protocol, list(PROTOCOLS))
         check(
             len(set(row.seeds)) == len(row.seeds) and min(row.seeds) >= 0, "seeds are not different numbers from 0 up"
