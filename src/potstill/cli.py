@@ -15,7 +15,7 @@ from typing import Any
 from . import __version__
 from .errors import PotstillError, Stopped, unknown
 
-COMMANDS = ("distill", "evaluate", "experts", "export", "list", "show", "cite")
+COMMANDS = ("distill", "evaluate", "experts", "export", "report", "list", "show", "cite")
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,6 +137,10 @@ def parser() -> Parser:
     x.add_argument("--to", required=True, help="png, npz or parquet")
     x.add_argument("--out", required=True, type=Path, metavar="PATH", help="a new folder; or a new .npz or .parquet")
 
+    r = add("report", "A benchmark's page, from its records: tables, plots and the sets as pictures.")
+    r.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="what `potstill benchmark` has written")
+    r.add_argument("--out", required=True, type=Path, metavar="FILE", help="a .html, .md or .csv")
+
     s = add("list", "What there is.")
     s.add_argument("what", help="methods, datasets, networks or protocols")
     s = add("show", "A method's recipe as TOML, which --recipe reads.")
@@ -230,6 +234,12 @@ def _export(args: argparse.Namespace) -> None:
     print(export_set(args.set, args.to, args.out))
 
 
+def _report(args: argparse.Namespace) -> None:
+    from .publish import publish
+
+    print(publish(args.folders, args.out))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Results for people: percent, mean and standard deviation."""
     lines = [("set", "images", "network", "protocol", "accuracy", "networks")]
@@ -287,9 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a GPU's tools on a CPU's machine
     try:
         args = parser().parse_args(arguments)
-        dict(zip(COMMANDS, (_distill, _evaluate, _experts, _export, _list, _show, _cite), strict=True))[args.command](
-            args
-        )
+        dict(zip(COMMANDS, (_distill, _evaluate, _experts, _export, _report, _list, _show, _cite), strict=True))[
+            args.command
+        ](args)
         sys.stdout.flush()
         return 0
     except PotstillError as error:
