@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,11 @@ def heat_map(name: str, rows: Sequence[str], columns: Sequence[str], values: Seq
     with _settings(name):
         from matplotlib.patches import Rectangle
 
-        figure, axes = _figure(1.3 + 0.56 * len(columns), 1.1 + 0.32 * len(rows))
+        rows, columns = ([n if len(n) <= 26 else f"{n[:25]}…" for n in names] for names in (rows, columns))
+        longest = [max(map(len, names)) for names in (rows, columns)]  # about 0.08 inches a letter
+        figure, axes = _figure(
+            0.4 + 0.08 * sum(longest) + 0.56 * len(columns), 0.4 + 0.055 * longest[1] + 0.32 * len(rows)
+        )
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if value is not None:
@@ -148,7 +153,9 @@ def plain(value: float) -> str:
 def _inline(figure: Any, name: str) -> str:
     """The drawing as an element of a page: without headers, with the page's colours, with names of its own."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of letters that its own font lacks: the page's has them
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
     head = re.search(r'viewBox="[^"]*"', text)
