@@ -100,6 +100,8 @@ def everything() -> list[dict[str, Any]]:
     ]
     networks = ("convnet", "mlp")
     moved = cell("dm", 10, table="transfer", suite="quick-transfer")
+    moved["row"] = {"networks": list(networks)}
+    moved["published"] = {"accuracy": 0.655, "spread": None, "source": "NCFM, table 4", "mark": "quoted"}
     moved["results"] = [result([0.6 - 0.1 * i, 0.62 - 0.1 * i], network=n) for i, n in enumerate(networks)]
     return [
         cell(
@@ -263,9 +265,37 @@ def test_what_is_missing_says_why(tmp_path: Path) -> None:
 def test_transfer_by_network(tmp_path: Path) -> None:
     source = written(tmp_path, everything())
     rows = dict(tables(source))["digits, 10 images per class · protocol dsa · aaaa0000"]
-    assert rows[0] == ["dm", "61.0 ± 1.4", "51.0 ± 1.4"]
-    assert rows[1] == ["mtt", "failed 1", "failed 1"]
+    assert rows[0] == ["dm", "61.0 ± 1.4 65.5 1", "51.0 ± 1.4"]  # the published number is that of the first network
+    assert rows[1] == ["mtt", "failed 2", "failed 2"]
     assert ">61.0</text>" in source and ">51.0</text>" in source and ">mlp</text>" in source  # the heat map
+
+
+def test_transfer_of_which_nothing_was_measured(tmp_path: Path) -> None:
+    row = {"networks": ["convnet", "mlp"]}
+    source = written(tmp_path, [unmeasured("mtt", "failed", "no experts", ipc=10, table="transfer", row=row)])
+    assert dict(tables(source))["digits, 10 images per class · protocol dsa"] == [["mtt", "failed 1", "failed 1"]]
+    assert source.count("no experts</li>") == 1
+
+
+def test_what_was_not_measured_joins_its_own_network(tmp_path: Path) -> None:
+    wide = unmeasured("dc", "failed", "x", row={"network": "mlp", "networks": ["convnet-w8"]})
+    kip = cell("kip", protocol="kip", results=[result([0.9], network="ntk-relu-3", protocol="kip", protocol_hash="9")])
+    gone = unmeasured("kip", "failed", "y", ipc=10, protocol="kip", row={"networks": ["kernel"]})
+    found = dict(tables(written(tmp_path, [cell("dm"), wide, kip, gone])))
+    assert [row[0] for row in found["protocol dsa · aaaa0000 · convnet"]] == ["dm"]
+    assert found["protocol dsa · convnet-w8"] == [["dc", "failed 1"]]
+    assert found["protocol kip · 9 · ntk-relu-3"] == [["kip", "90.0", "failed 1"]]
+
+
+def test_cost_names_another_network(tmp_path: Path) -> None:
+    records = [spent("dm", 1, 0.1), spent("dm", 2, 0.2), spent("frepo", 1, 0.3, network="widenet"), spent("frepo", 2, 0.4, network="widenet"), spent("kip", 1, 0.5, network=None)]  # fmt: skip
+    source = written(tmp_path, records)
+    rows = dict(tables(source))["Seconds of a whole outer step"]
+    assert [row[0] for row in rows] == ["kip", "dm", "frepo widenet"]
+    assert (
+        len(re.findall(r'<use xlink:href="#c0-step_seconds-[^"]+" x="[^"]+" y="[^"]+" style="fill: var\(--s\d', source))
+        == 5
+    )
 
 
 def test_fairness_beside_accuracy(tmp_path: Path) -> None:

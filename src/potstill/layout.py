@@ -145,7 +145,7 @@ def fair_table(group: Group, wholes: dict[tuple[str, str], float], key: str) -> 
     rows, notes = [], Notes()
     for tag, found in lines(group.entries, lambda e: (e.data, e.ipc)):
         for e in sorted(found.values(), key=lambda e: (e.data, e.ipc or 0)):
-            if e.mean is None:
+            if e.mean is None or e.method == "whole":
                 continue
             f = fair(e, wholes)
             against = notes.number(f"against {f.baseline}, same protocol and network") if f.baseline else 0
@@ -226,7 +226,7 @@ def csv_text(groups: Sequence[Group], wholes: dict[tuple[str, str], float]) -> s
                 line |= dict(
                     zip(CSV[CSV.index("baseline") : CSV.index("stored_bytes")], astuple(fair(e, wholes)), strict=True)
                 )
-            if isinstance(published := r.get("published"), dict):
+            if isinstance(published := r.get("published"), dict) and _is_first(e):
                 names = ("accuracy", "spread", "source", "mark")
                 line |= dict(zip(CSV[CSV.index("published") :], map(published.get, names), strict=False))
             table.writerow(line)
@@ -285,17 +285,24 @@ def _accuracy(
             if e is None:
                 boxes.append(None)
                 continue
-            published, source = _published(e, notes)
+            published, source = _published(e, notes) if _is_first(e) else ("", 0)
             if e.mean is None:
                 box = _missing(e, notes)
                 boxes.append(Box(box.text, (), published, "", True, box.notes, source, data(e), box.title))
             else:
                 small = () if same else (f"n = {e.n}",)
                 text = percent(e.mean, e.std)
-                title = f"{e.record['cell']}: n = {e.n}"
+                made = (e.record.get("row") or {}).get("network")
+                title = f"{e.record['cell']}: n = {e.n}" + (f", made with {made}" if made else "")
                 boxes.append(Box(text, small, published, mark[place], False, (), source, data(e), title))
         rows.append(_row(row, tag, boxes))
     return tuple(rows)
+
+
+def _is_first(e: Entry) -> bool:
+    """Whether a cell's published number is that of this network: it is that of the first."""
+    wanted = (e.record.get("row") or {}).get("networks") or [e.network]
+    return e.network == wanted[0] or e.record["table"] != "transfer"
 
 
 def _published(e: Entry, notes: Notes) -> tuple[str, int]:

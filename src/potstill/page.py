@@ -59,12 +59,13 @@ class Entry:
 
     @property
     def ipc(self) -> int | None:
-        return self.record["ipc"]
+        """Images per class; `None` for the whole data, whatever their row says."""
+        return None if self.method == "whole" else self.record["ipc"]
 
     @property
     def competes(self) -> bool:
         """Whether it may be the best: neither the whole data nor a kernel's own prediction may."""
-        return self.method != "whole" and self.network.split("-")[0] not in ("kernel", "ntk", "nngp")
+        return self.method != "whole" and not _is_kernel(self.network)
 
     @property
     def stored(self) -> float | None:
@@ -175,17 +176,17 @@ def entries_of(cell: Cell) -> list[Entry]:
     if status == "done" and not made:
         status, reason = "failed", reason or "the record has no results"
     if not made:
-        network = str((record.get("row") or {}).get("network") or "")
+        wanted = (record.get("row") or {}).get("networks") or [""]
         protocol = str(record.get("protocol") or "")
-        made = [Entry(record, cell.folder, network, protocol, "", status, reason)]
+        made = [Entry(record, cell.folder, str(n), protocol, "", status, reason) for n in wanted]
     return made
 
 
 def performance(cells: Iterable[Cell]) -> list[Group]:
     """Performance cells by protocol and network, the largest group first.
 
-    A cell without a number knows its protocol by name only; it joins the group of that name which holds most of its
-    data.
+    A cell without a number knows its protocol by name only; it joins the group of that name and its network which holds
+    most of its data.
     """
     entries = [e for c in cells if c.record["table"] == "performance" for e in entries_of(c)]
     found: dict[tuple[str, str, str], list[Entry]] = {}
@@ -194,7 +195,7 @@ def performance(cells: Iterable[Cell]) -> list[Group]:
             found.setdefault((e.protocol, e.hash, e.network), []).append(e)
     for e in entries:
         if not e.hash:
-            fits = [k for k in found if k[0] == e.protocol and e.network in ("", k[2])]
+            fits = [k for k in found if k[0] == e.protocol and _may_be(e.network, k[2])]
             fits.sort(key=lambda k: (any(o.data == e.data and o.hash for o in found[k]), len(found[k])), reverse=True)
             found.setdefault(fits[0] if fits else (e.protocol, "", e.network), []).append(e)
     groups = [Group(*key, entries=tuple(found[key])) for key in found]
@@ -202,32 +203,37 @@ def performance(cells: Iterable[Cell]) -> list[Group]:
 
 
 def transfer(cells: Iterable[Cell]) -> list[Group]:
-    """Transfer cells by protocol, data and images per class; each unmeasured cell stands at every network."""
-    entries = [e for c in cells if c.record["table"] == "transfer" for e in entries_of(c)]
+    """Transfer cells by protocol, data and images per class; an unmeasured cell stands at every network."""
+    cells = [c for c in cells if c.record["table"] == "transfer"]
     found: dict[tuple[Any, ...], list[Entry]] = {}
-    for e in entries:
-        if e.hash:
-            found.setdefault((e.protocol, e.hash, e.data, e.ipc), []).append(e)
-    for e in entries:
-        if not e.hash:
-            fits = [k for k in found if (k[0], k[2], k[3]) == (e.protocol, e.data, e.ipc)]
-            key = fits[0] if fits else (e.protocol, "", e.data, e.ipc)
-            networks = dict.fromkeys(o.network for o in found.get(key, [])) or {"": None}
-            found.setdefault(key, []).extend(replace(e, network=n) for n in networks)
+    for e in (e for c in cells for e in entries_of(c) if e.hash):
+        found.setdefault((e.protocol, e.hash, e.data, e.ipc), []).append(e)
+    for first, *rest in ([e for e in entries_of(c) if not e.hash] for c in cells if not entries_of(c)[0].hash):
+        fits = [k for k in found if (k[0], k[2], k[3]) == (first.protocol, first.data, first.ipc)]
+        key = fits[0] if fits else (first.protocol, "", first.data, first.ipc)
+        networks = dict.fromkeys(e.network for e in (found.get(key) or [first, *rest]))
+        found.setdefault(key, []).extend(replace(first, network=n) for n in networks)
     return [Group(k[0], k[1], "", tuple(found[k])) for k in sorted(found, key=lambda k: (k[2], k[3] or 0, k[0], k[1]))]
 
 
 def cost(cells: Iterable[Cell]) -> list[Group]:
-    """Cost cells by data and network; for each form of a method an entry."""
-    found: dict[tuple[str, str], list[Entry]] = {}
-    for cell in cells:
-        r = cell.record
-        if r["table"] == "cost":
-            network, reason = str(r.get("network") or ""), _line(r.get("reason") or "")
-            form = str(r.get("form") or "")
-            entry = Entry(r, cell.folder, network, "", "", r["status"], reason, form=FORMS.get(form, form))
-            found.setdefault((entry.data, network), []).append(entry)
-    return [Group("", "", network, tuple(found[data, network])) for data, network in sorted(found)]
+    """Cost cells by data; for each form of a method an entry, which names its network where most have another."""
+    found: dict[str, list[Entry]] = {}
+    for record, folder in ((c.record, c.folder) for c in cells if c.record["table"] == "cost"):
+        network, form = str(record.get("network") or ""), str(record.get("form") or "")
+        form, reason = FORMS.get(form, form), _line(record.get("reason") or "")
+        entry = Entry(record, folder, network, "", "", record["status"], reason, form=form)
+        found.setdefault(entry.data, []).append(entry)
+    groups = []
+    for _, entries in sorted(found.items()):
+        networks = [e.network for e in entries if e.network]
+        usual = max(networks, key=networks.count, default="")
+        named = [
+            replace(e, form=", ".join(w for w in (e.form, e.network if e.network != usual else "") if w))
+            for e in entries
+        ]
+        groups.append(Group("", "", usual, tuple(named)))
+    return groups
 
 
 def fair(entry: Entry, wholes: dict[tuple[str, str], float]) -> Fair:
@@ -307,6 +313,15 @@ def order(method: str) -> tuple[int, str]:
 
 def _mean_of(sets: Sequence[Record], value: Callable[[Record], float]) -> float | None:
     return fmean(map(value, sets)) if sets else None
+
+
+def _is_kernel(network: str) -> bool:
+    return network.split("-")[0] in ("kernel", "ntk", "nngp")
+
+
+def _may_be(asked: str, found: str) -> bool:
+    """Whether a network that was asked for may have come to be called so in results."""
+    return asked in ("", found) or (_is_kernel(asked) and _is_kernel(found))
 
 
 def _line(text: str) -> str:

@@ -183,7 +183,8 @@ def accuracy_charts(group: Group, key: str, styles: dict[str, tuple[int, int]]) 
 def cost_charts(group: Group, key: str, styles: dict[str, tuple[int, int]]) -> Iterable[Chart]:
     """Seconds of a step and peak memory of the plain forms against images per class."""
     for value, words, scale in (("step_seconds", "seconds a step", 1.0), ("loss_seconds", "seconds of the loss", 1.0), ("peak_bytes", "peak memory, MB", 1e-6)):  # fmt: skip
-        mine = [e for e in group.entries if e.status == "done" and not e.form and e.ipc and e.record.get(value)]
+        done = [e for e in group.entries if e.status == "done" and e.ipc and e.record.get(value)]
+        mine = [e for e in done if e.record.get("form") != "saving"]
         ticks = tuple(sorted({float(e.ipc) for e in mine if e.ipc}))
         points = {
             m: tuple((float(e.ipc or 0), e.record[value] * scale, 0.0) for e in mine if e.method == m) for m in styles
