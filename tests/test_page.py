@@ -209,6 +209,14 @@ def test_best_and_second_by_column(tmp_path: Path) -> None:
     assert "0.250" in best and "3.00" in second  # less is better where it is a cost
 
 
+def test_whole_data_and_kernels_do_not_compete(tmp_path: Path) -> None:
+    kernels = [cell(m, results=[result([a], network="nngp-2")]) for m, a in (("kip", 0.9), ("dd", 0.8))]
+    source = written(tmp_path, [*kernels, cell("dm"), cell("whole", 1, results=[result([0.97])])])
+    assert marked(source, "best") == [] and marked(source, "second") == []
+    rows = dict(tables(source))["protocol dsa · aaaa0000 · convnet"]
+    assert rows == [["dm", "50.0 ± 1.0 n = 3", "–"], ["whole", "–", "97.0 n = 1"]]  # a column of its own, at the end
+
+
 @pytest.mark.parametrize(
     ("values", "high", "expected"),
     [
@@ -307,6 +315,7 @@ def test_fairness_beside_accuracy(tmp_path: Path) -> None:
     assert dm[-2:] == ["2.64 kB", "1.50 min"]
     frepo = next(row for rows in found for row in rows if row[0] == "frepo digits")
     assert frepo[3] == "+10.5 1"  # against random with soft labels: 91.0 - 80.5
+    assert frepo[4] == f"{stats.ttest_ind([0.9, 0.92], [0.8, 0.81], equal_var=False).pvalue:.2g}"
     assert frepo[5] == "25.0"  # 95 % by the whole set, less 70 % with hard labels
     over, lost = 0.91 - 0.805, 0.95 - 0.7
     expected = (np.exp(0.5 * over - 0.5 * lost) - np.exp(-1)) / (np.e - np.exp(-1))
