@@ -295,6 +295,12 @@ def test_what_was_not_measured_joins_its_own_network(tmp_path: Path) -> None:
     assert found["protocol kip · 9 · ntk-relu-3"] == [["kip", "90.0", "failed 1"]]
 
 
+def test_an_unfinished_cell_has_no_number_yet(tmp_path: Path) -> None:
+    half = cell("dc", status="running", accuracy=0.9)
+    rows = dict(tables(written(tmp_path, [cell("dm"), half])))["protocol dsa · aaaa0000 · convnet"]
+    assert rows == [["dc", "unfinished"], ["dm", "50.0 ± 1.0"]]
+
+
 def test_cost_names_another_network(tmp_path: Path) -> None:
     records = [spent("dm", 1, 0.1), spent("dm", 2, 0.2), spent("frepo", 1, 0.3, network="widenet"), spent("frepo", 2, 0.4, network="widenet"), spent("kip", 1, 0.5, network=None)]  # fmt: skip
     source = written(tmp_path, records)

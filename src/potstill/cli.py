@@ -15,7 +15,7 @@ from typing import Any
 from . import __version__
 from .errors import PotstillError, Stopped, unknown
 
-COMMANDS = ("distill", "evaluate", "experts", "export", "report", "list", "show", "cite")
+COMMANDS = ("distill", "evaluate", "experts", "benchmark", "export", "report", "list", "show", "cite")
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,7 +82,7 @@ def parser() -> Parser:
         "sets",
         nargs="+",
         metavar="SET",
-        help="a set's folder or file; also a .pt of DC, DSA or DM, MTT's folder, a .npz",
+        help="a set's folder or file, or a name of `potstill list zoo`; also a .pt of DC, DSA or DM, MTT's folder, a .npz",
     )
     e.add_argument("--data", help="the data, if not the set's own")
     e.add_argument(
@@ -122,9 +122,19 @@ def parser() -> Parser:
     )
     t.add_argument("--resume", action="store_true", help="continue the recording in the folder, or add experts to it")
     t.add_argument("--force", action="store_true", help="start again in a folder that holds a recording")
+    b = add("benchmark", "Run a table of methods, data and sizes cell by cell; what is there already is kept.")
+    b.add_argument("name", metavar="NAME|FILE", help="quick, review, review-transfer, cost, or a .toml of your own")
+    b.add_argument("--only", metavar="GLOB", help="cells such as '*/dm/1' or 'cost/*'")
+    b.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/NAME)")
+    b.add_argument("--minutes", type=float, help="leave out cells beyond this budget")
+    b.add_argument("--no-zoo", action="store_true", help="make every set, also those that the zoo has")
+    b.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
+    b.add_argument(
+        "--data", action="append", default=[], metavar="NAME=OTHER", help="data that stand for others, such as a copy"
+    )
     for p in (d, e):
         p.add_argument("--repeats", type=int, default=5, help="fresh networks for each number (default: 5)")
-    for p in (d, e, t):
+    for p in (d, e, t, b):
         p.add_argument(
             "--data-root", type=Path, metavar="DIR", help="folder of downloaded data (default: $POTSTILL_DATA)"
         )
@@ -133,7 +143,7 @@ def parser() -> Parser:
         p.add_argument("--compile", default="auto", help="auto, on or off")
 
     x = add("export", "Write a set as PNG, npz or Parquet, with a card that says how to use it.")
-    x.add_argument("set", metavar="SET", help="a folder with a set.safetensors, or such a file")
+    x.add_argument("set", metavar="SET", help="a folder with a set.safetensors, such a file, or a name of the zoo")
     x.add_argument("--to", required=True, help="png, npz or parquet")
     x.add_argument("--out", required=True, type=Path, metavar="PATH", help="a new folder; or a new .npz or .parquet")
 
@@ -142,7 +152,7 @@ def parser() -> Parser:
     r.add_argument("--out", required=True, type=Path, metavar="FILE", help="a .html, .md or .csv")
 
     s = add("list", "What there is.")
-    s.add_argument("what", help="methods, datasets, networks or protocols")
+    s.add_argument("what", help="methods, datasets, networks, protocols or zoo")
     s = add("show", "A method's recipe as TOML, which --recipe reads.")
     s.add_argument("method")
     s.add_argument("--preset", default="paper")
@@ -228,6 +238,33 @@ def _experts(args: argparse.Namespace) -> None:
     print(f"{made.count} experts of {made.epochs} epochs: {made.folder}")
 
 
+def _benchmark(args: argparse.Namespace) -> None:
+    from .bench import Bench
+    from .benchmark import Benchmark, planned
+    from .places import shipped
+    from .rows import suites
+
+    exchange = dict(pair.split("=", 1) if "=" in pair else (pair, "") for pair in args.data)
+    if wrong := [name for name, other in exchange.items() if not name or not other]:
+        raise PotstillError(f"--data {wrong[0]}: NAME=OTHER is needed, such as cifar10=hf:cifar10-jpeg75")
+    home = shipped("benchmarks")
+    found = suites(args.name, [home / "rows"] if home else [])
+    bench = Bench(
+        args.out or Path("results") / Path(args.name).stem, exchange, not args.no_zoo, args.data_root, args.device,
+        args.compile, args.precision, say, progress_bar,
+    )  # fmt: skip
+    work = Benchmark(found, bench)
+    cells = work.plan(args.only, args.minutes)
+    if not cells:
+        raise PotstillError(f"--only {args.only!r} keeps no cell of {args.name}")
+    print(planned(cells), flush=True)
+    if not args.plan:
+        fates = work.run(cells)
+        print(", ".join(f"{count} {fate}" for fate, count in fates.items()) + f": {bench.out}")
+        if home is not None and (file := home / "findings.toml").is_file():
+            work.judge_findings(file)
+
+
 def _export(args: argparse.Namespace) -> None:
     from .export import export_set
 
@@ -246,7 +283,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for r in rows:
         score = f"{100 * r['accuracy_mean']:.1f} %" + (f" ± {100 * r['accuracy_std']:.1f}" if r["repeats"] > 1 else "")
         lines.append((r["set"], str(r["images"]), r["network"], r["protocol"], score, str(r["repeats"])))
-    widths = [max(len(line[i]) for line in lines) for i in range(6)]
+    return columns(lines)
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """Words in columns, two blanks between."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
@@ -270,13 +312,17 @@ def _list(args: argparse.Namespace) -> None:
     if args.what == "protocols":
         for p in PROTOCOLS.values():
             print(f"{p.name:15} {p.words}, hash {p.hash}")
+    elif args.what == "zoo":
+        from .zoo import cells, rows
+
+        print(columns(rows(cells())))
     elif args.what in tables:
         for name, made in tables[args.what].items():
             print(f"{name:15} {(made.__doc__ or '').strip().splitlines()[0]}")
         for form, text in FORMS.items() if args.what == "datasets" else ():
             print(f"{form:15} {text}")
     else:
-        raise unknown("list of", args.what, [*tables, "protocols"])
+        raise unknown("list of", args.what, [*tables, "protocols", "zoo"])
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -297,9 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a GPU's tools on a CPU's machine
     try:
         args = parser().parse_args(arguments)
-        dict(zip(COMMANDS, (_distill, _evaluate, _experts, _export, _report, _list, _show, _cite), strict=True))[
-            args.command
-        ](args)
+        commands = (_distill, _evaluate, _experts, _benchmark, _export, _report, _list, _show, _cite)
+        dict(zip(COMMANDS, commands, strict=True))[args.command](args)
         sys.stdout.flush()
         return 0
     except PotstillError as error:

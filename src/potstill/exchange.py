@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from .arrays import first_line, numbers
 from .data import Data
 from .errors import PotstillError
+from .places import SET, locate
 from .recipe import Recipe, to_dict
 from .records import write_whole
 from .transforms import Transform, build, describe, digest_of, read_beside, write_beside
@@ -80,7 +82,7 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         matrix: The whitening matrix (d, d), if the transform has one.
 
     Example:
-        >>> set_ = load("zoo/fashion-mnist/dm/1")  # doctest: +SKIP
+        >>> set_ = load("fashion-mnist/dm/1")  # doctest: +SKIP
         >>> x, y = set_[0]  # doctest: +SKIP
     """
 
@@ -187,15 +189,18 @@ def load(path: str | Path) -> DistilledSet:
     """Read a set.
 
     Args:
-        path: A `.safetensors` that Potstill wrote, or a folder with a `set.safetensors` in it.
+        path: A `.safetensors` that Potstill wrote, or a folder with a `set.safetensors` in it; or, where no such path is
+            there, a name of the zoo, such as `fashion-mnist/dm/1`.
 
     Raises:
         PotstillError: Nothing there, damaged, or not a set.
     """
-    file = Path(path)
-    file = file / "set.safetensors" if file.is_dir() else file
-    if not file.is_file():
-        raise PotstillError(f"no set at {file}; a folder with a set.safetensors, or such a file, is needed")
+    file = locate(path)
+    file = file / SET if os.path.isdir(file) else file
+    if not os.path.isfile(file):  # unlike Path.is_file, at ease with a name that is too long for one
+        raise PotstillError(
+            f"no set at {file}; a folder with a {SET}, such a file, or a name of `potstill list zoo` is needed"
+        )
     tensors, header = read_tensors(file, "set")
     try:
         if header.pop("format") != FORMAT:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -16,9 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .cards import export_card, made_with, record_of, row_name, rows_of
 from .errors import PotstillError, unknown
 from .exchange import DistilledSet, load
-from .records import check_free, read_json, write_folder, write_whole
+from .places import locate
+from .records import check_free, write_folder, write_whole
 from .transforms import ZCA, Standardise, describe
 
 FORMATS = ("png", "npz", "parquet")
@@ -30,7 +31,7 @@ def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> P
     """Write a set in a form that other programs read.
 
     Args:
-        source: A set, or the path of one; a `record.json` of the same set beside it gives the card its accuracies.
+        source: A set, or the path or zoo name of one; a `record.json` of the same set beside it gives the card its accuracies.
         to: `png`, `npz` or `parquet`.
         out: A folder that is new or empty. With `npz` and `parquet` also a new file with that ending, which then
             holds the card as well.
@@ -47,8 +48,11 @@ def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> P
     """
     if to not in FORMATS:
         raise unknown("export format", to, FORMATS)
-    made = source if isinstance(source, DistilledSet) else load(source)
-    results = [] if isinstance(source, DistilledSet) else _results(Path(source))
+    if isinstance(source, DistilledSet):
+        made, results = source, []
+    else:
+        place = locate(source)
+        made, results = load(place), rows_of(record_of(place).get("results"))
     _check(made)
     whitened, made = isinstance(made.standardise, ZCA), standardised(made)
     out = Path(out)
@@ -56,7 +60,7 @@ def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> P
     single = FILES.get(to) is not None and out.suffix == f".{to}" and not out.is_dir()
     if single and not out.parent.is_dir():
         raise PotstillError(f"--out {out} is a file in a folder that is not there")
-    text = card(made, to, out.name if single else FILES.get(to, ""), results, whitened)
+    text = export_card(made, to, out.name if single else FILES.get(to, ""), results, whitened)
     if to == "png":
         files = _png(made)
     else:
@@ -122,12 +126,8 @@ def _encode(picture: np.ndarray) -> bytes:
 
 
 def _rows(made: DistilledSet) -> np.ndarray | None:
-    """Labels (M, C), where they are no classes: probabilities or targets around 0, as `_row_name` says."""
+    """Labels (M, C), where they are no classes: probabilities or targets around 0, as `row_name` says."""
     return made.labels.float().numpy() if made.labels.ndim == 2 else None
-
-
-def _row_name(made: DistilledSet) -> str:
-    return "centred_label" if made.meta.labels == "centred" else "soft_label"
 
 
 def _png(made: DistilledSet) -> Iterator[tuple[str, bytes]]:
@@ -143,7 +143,7 @@ def _png(made: DistilledSet) -> Iterator[tuple[str, bytes]]:
     for i, label in enumerate(made.classes.tolist()):
         folder = f"{label:0{digits}d}-{safe_name(names[label])}".rstrip("-")
         row = {"file": f"{folder}/{i:0{wide}d}.png", "label": label}
-        rows.append(row if soft is None else {**row, _row_name(made): soft[i].tolist()})
+        rows.append(row if soft is None else {**row, row_name(made): soft[i].tolist()})
         yield row["file"], _encode(pictures[i])
     about = {"class_names": names, "learning_rate": None if made.lr is None else made.lr.tolist(), "images": rows}
     yield "labels.json", (json.dumps(about, indent=1) + "\n").encode()
@@ -171,18 +171,12 @@ def _npz(made: DistilledSet, text: str) -> bytes:
     }
     soft = _rows(made)
     if soft is not None:
-        arrays[f"{_row_name(made)}s"] = soft
+        arrays[f"{row_name(made)}s"] = soft
     if made.lr is not None:
         arrays["lr"] = made.lr.numpy()
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
-
-
-def made_with(made: DistilledSet) -> str:
-    """Mean and standard deviation as `--normalisation` takes them."""
-    t = made.meta.transform
-    return "/".join(",".join(map(repr, t[column])) for column in ("mean", "std"))
 
 
 def _parquet(made: DistilledSet, text: str) -> bytes:
@@ -208,8 +202,8 @@ def _parquet(made: DistilledSet, text: str) -> bytes:
     columns["label"] = pa.array(made.classes.tolist(), pa.int64())
     features["label"] = {"names": _distinct(made.meta.class_names), "_type": "ClassLabel"}
     if soft is not None:
-        columns[_row_name(made)] = pa.array(soft.tolist(), pa.list_(pa.float32()))
-        features[_row_name(made)] = {"feature": number, "_type": "Sequence"}
+        columns[row_name(made)] = pa.array(soft.tolist(), pa.list_(pa.float32()))
+        features[row_name(made)] = {"feature": number, "_type": "Sequence"}
     about = {"huggingface": json.dumps({"info": {"features": features}}), "readme": text}
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns).replace_schema_metadata(about), buffer)
@@ -219,125 +213,3 @@ def _parquet(made: DistilledSet, text: str) -> bytes:
 def _distinct(names: list[str]) -> list[str]:
     """Class names as they are, with their number behind where two are the same."""
     return [n if names.count(n) == 1 else f"{n} ({i})" for i, n in enumerate(names)]
-
-
-def _results(source: Path) -> list[dict[str, Any]]:
-    """What the record beside a set says of its accuracy; nothing where there is none, or it is another set's."""
-    file = source / "set.safetensors" if source.is_dir() else source
-    try:
-        record = read_json(file.parent / "record.json")
-        if record["set"]["sha256"] != hashlib.sha256(file.read_bytes()).hexdigest():
-            return []
-        rows = [{k: r[k] for k in ("set", "network", "protocol", "accuracy_mean", "accuracy_std", "repeats")}
-                for r in record["results"]]  # fmt: skip
-        return rows if all(isinstance(r[k], int | float) for r in rows for k in list(r)[3:]) else []
-    except (PotstillError, OSError, KeyError, TypeError):
-        return []
-
-
-LICENCE = (
-    "**Licence.** Not known. The samples were made from the source data, whose terms may reach them: look these up before you "
-    "pass the set on."
-)
-
-USES = {
-    "png": """from PIL import Image
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
-read = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True){prepare}])
-set_ = ImageFolder(".", read, loader=Image.open)      # classes in their order
-image, label = set_[0]""",
-    "npz": """with np.load("{file}") as file:
-    f = dict(file)
-x, y = torch.from_numpy(f["x_train"]), torch.from_numpy(f["{labels}"])
-prepare = lambda raw: (raw / {scale!r} - f["mean"]) / f["std"]      # your test inputs, as in the source data
-for step in range(1000):
-    ...                            # train on x and y""",
-    "parquet": """from datasets import load_dataset
-rows = load_dataset("parquet", data_files="{file}", split="train").with_format("torch")[:]
-x, y = rows["input"], rows["{labels}"]
-mean, std = torch.tensor({mean}){view}, torch.tensor({std}){view}
-prepare = lambda raw: (raw / {scale!r} - mean) / std      # your test inputs, as in the source data""",
-}
-
-SPACE = {
-    "png": "8 bits, clamped to what a picture holds. Distilled pixels may leave that range, so training on the pictures can "
-    "give another accuracy than the set itself; `npz` and `parquet` lose nothing. `labels.json` has class names, the file of "
-    "each image, soft or centred labels and the learned learning rate where there are such.",
-    "npz": "`x_train` (float32) is what networks are trained on, bit by bit: standardised, not clamped. `mean` and `std` lead "
-    "there from unit scale, and raw values divided by `scale` are in unit scale. `y_train` holds classes, `soft_labels` "
-    "probabilities, `centred_labels` targets around 0 and `lr` the learned learning rate where there are such.",
-    "parquet": "`input` (float32) is what networks are trained on, bit by bit: standardised, not clamped. `image`, where the "
-    "inputs are pictures, is to look at: 8 bits, clamped. `label` is the class, `soft_label` its probabilities and `centred_label` "
-    "targets around 0 where there are such.",
-}
-
-
-WHITENED = (
-    " The set itself is whitened (`zca`), and networks are meant to be trained on it so: `set.safetensors` and `potstill.load` "
-    "give it. Here the whitening is undone, which needs no matrix; what is trained on these files as they are can score otherwise."
-)
-
-
-def card(made: DistilledSet, to: str, file: str, results: list[dict[str, Any]], whitened: bool = False) -> str:
-    """A data card in Markdown with a YAML header: what the set is, what is not known of it, how to use it."""
-    m, picture = made.meta, len(made.shape) == 3
-    size = next((s for s, n in (("n<1K", 10**3), ("1K<n<10K", 10**4)) if len(made) < n), "10K<n<100K")
-    title = f"{_plain(m.method)} on {_plain(m.data)}, {len(made)} samples"
-    ipc = str(m.ipc[0]) if len(set(m.ipc)) == 1 else ", ".join(map(str, m.ipc))
-    mean, std = list(m.transform["mean"]), list(m.transform["std"])
-    few = len(mean) <= 16
-    if to == "png":  # a picture's 0 and 1 are the set's limits
-        low, high = m.limits
-        mean, std = [(v - low) / (high - low) for v in mean], [v / (high - low) for v in std]
-    hard, soft = ("y_train", f"{_row_name(made)}s") if to == "npz" else ("label", _row_name(made))
-    use = USES[to].format(
-        file=re.sub(r'[\\"\n]', "", file),
-        labels=soft if made.labels.ndim == 2 else hard,
-        scale=m.scale,
-        mean=mean,
-        std=std,
-        view=".view(-1, 1, 1)" if picture else "",
-        prepare=f", v2.Normalize({mean}, {std})",
-    )
-    lines = [
-        "---", "license: unknown", f"pretty_name: {json.dumps(title)}", "task_categories:",
-        f"- {'image' if picture else 'tabular'}-classification", "size_categories:", f"- {size}", "tags:",
-        "- dataset-distillation", "---", "", f"# {title}", "",
-        f"{len(made)} samples that stand for a training set, made with potstill {_plain(m.software)}: networks are trained on them", "in place of all of it.", "",
-        "| | |", "| --- | --- |", f"| source data | {_plain(m.data)}, fingerprint {_plain(m.fingerprint)} |",
-        f"| classes | {len(m.class_names)}: {', '.join(map(_plain, m.class_names[:100]))} |", f"| samples per class | {ipc} |",
-        f"| input | {' × '.join(map(str, made.shape))} |", f"| labels | {_labels(made)} |",
-        f"| learned learning rate | {'none' if made.lr is None else made.lr.tolist()} |",
-        f"| mean, standard deviation | {made_with(made).replace('/', ' / ') if few else 'with the set'} |",
-        f"| asks for | network {_plain(m.student)}, protocol {_plain(m.protocol)} |", f"| steps, seed | {_plain(m.steps)}, {_plain(m.seed)} |", "",
-        LICENCE, "", "**What the files hold.** " + SPACE[to] + (WHITENED if whitened else ""), "", "## Use", "", "```python",
-        "import numpy as np, torch" if to == "npz" else "import torch", use, "```", "", "## Accuracy", "",
-    ]  # fmt: skip
-    if results:
-        lines += ["On test data, of networks trained on the set itself and its baselines:", "",
-                  "| trained on | network | protocol | accuracy | networks |", "| --- | --- | --- | --- | --- |"]  # fmt: skip
-        lines += [
-            f"| {_plain(r['set'])} | {_plain(r['network'])} | {_plain(r['protocol'])} "
-            f"| {100 * r['accuracy_mean']:.1f} % ± {100 * r['accuracy_std']:.1f} | {r['repeats']} |"
-            for r in results
-        ]
-    else:
-        lines += ["Not measured here: there was no record of this set beside it."]
-    lines += ["", "## Recipe", "", "```json", json.dumps(m.recipe, indent=1), "```", ""]
-    return "\n".join(lines)
-
-
-def _labels(made: DistilledSet) -> str:
-    """What the labels are, in a few words."""
-    if made.labels.ndim == 1:
-        return "hard"
-    if made.meta.labels == "centred":
-        return "centred: targets around 0 of a squared loss, half the squared distance of a network's outputs to them"
-    return "soft: probabilities of the classes"
-
-
-def _plain(text: Any) -> str:
-    """A stranger's words as words: one line, nothing that Markdown or HTML would act on."""
-    line = "".join(c if c.isprintable() else " " for c in str(text))[:100]
-    return re.sub(r"([\\`*_\[\]<>|#&!])", r"\\\1", line)

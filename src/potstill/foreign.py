@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import warnings
@@ -31,7 +32,7 @@ ASK = (
 def is_foreign(path: str | Path) -> bool:
     """Whether a path looks like another project's set: a `.pt`, a `.npz`, or a folder of MTT's."""
     file, _ = _place(path)
-    if file.is_dir():
+    if os.path.isdir(file):
         return not (file / "set.safetensors").exists() and any(file.glob("images_*.pt"))
     return file.suffix in SUFFIXES
 
@@ -86,7 +87,7 @@ def read(path: str | Path, data: Data, normalisation: str | None = None) -> list
 def _place(path: str | Path) -> tuple[Path, int | None]:
     """A file and the number of a set in it; a file whose name ends in `#2` comes first."""
     found = re.fullmatch(r"(.+\.pth?)#([0-9]{1,9})", str(path), re.DOTALL)
-    return (Path(found[1]), int(found[2])) if found and not Path(path).exists() else (Path(path), None)
+    return (Path(found[1]), int(found[2])) if found and not os.path.exists(path) else (Path(path), None)
 
 
 def _transform(text: str, data: Data) -> Standardise:

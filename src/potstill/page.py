@@ -16,7 +16,13 @@ Record = dict[str, Any]
 
 BASELINES = ("random", "random-soft", "herding", "k-center", "k-means", "k-means-centre")
 ORDER = (*BASELINES, "dd", "kip", "dc", "dsa", "dm", "mtt", "frepo")
-STATES = {"absent": "no data", "failed": "failed", "out of memory": "OOM", "out of time": "timeout"}
+STATES = {
+    "absent": "no data",
+    "failed": "failed",
+    "out of memory": "OOM",
+    "out of time": "timeout",
+    "running": "unfinished",
+}
 MARKS = {"read": "read at its source", "quoted": "quoted elsewhere", "remembered": "remembered, not looked up"}
 FORMS = {"plain": "", "saving": "memory-saving"}
 

@@ -1,0 +1,253 @@
+"""Suites of rows as cells, each run once: resumable, shared by processes, and a failure stops nothing.
+
+A results folder holds a record for each cell (`cells/`), the sets (`runs/`) and the recordings (`experts/`) that they
+were made of. Nothing in a record is an absolute path: the folder may be moved, merged and sent.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from filelock import Timeout
+
+from . import findings, places
+from .bench import Bench
+from .cells import accuracy, minutes
+from .compiling import choose_compile, keep_memory
+from .costs import in_own_process, out_of_memory
+from .errors import PotstillError, Stopped
+from .judge import protocol_of
+from .records import digest, read_json, software, write_json
+from .rows import CostRow, Row, Suite
+
+Record = dict[str, Any]
+TODO, DONE, KEPT, OTHER = "to do", "done", "kept", "in another process"
+LEFT, ABSENT, FAILED, MEMORY = "left out", "absent", "failed", "out of memory"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row and what is planned for it.
+
+    Args:
+        suite: Its suite.
+        row: The row.
+        minutes: Estimated.
+        mark: Digest of all that its numbers depend on; nothing where its data are not there.
+        fate: `to do`, `kept` (its record is there), `left out` (of the budget) or `absent`.
+        reason: For people.
+    """
+
+    suite: Suite
+    row: Row | CostRow
+    minutes: float
+    mark: str
+    fate: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Suites on a bench."""
+
+    suites: Sequence[Suite]
+    bench: Bench
+
+    def file(self, row: Row | CostRow, table: str) -> Path:
+        """Where a cell's record lies."""
+        return self.bench.out / "cells" / table / f"{row.cell.removeprefix('cost/')}.json"
+
+    def kept(self, cell: Cell) -> Record | None:
+        """A cell's record, whole or so far, if everything it depends on is as it was."""
+        file = self.file(cell.row, cell.suite.table)
+        if not file.exists():
+            return None
+        try:
+            found = read_json(file)
+            return dict(found) if found["inputs"] == cell.mark else None
+        except (PotstillError, KeyError, TypeError):
+            return None  # damaged: measured again
+
+    def plan(self, only: str | None = None, budget: float | None = None) -> list[Cell]:
+        """All cells that a pattern keeps, in order, each with its fate; a budget in minutes leaves out what does not fit."""
+        cells, left = [], budget
+        for suite in self.suites:
+            for row in suite.rows:
+                if only is None or fnmatch.fnmatch(self.name(suite, row), only):
+                    cell = self._planned(suite, row)
+                    if cell.fate == TODO and left is not None:
+                        if cell.minutes > left:
+                            cell = replace(cell, fate=LEFT, reason="beyond the budget")
+                        else:
+                            left -= cell.minutes
+                    cells.append(cell)
+        return cells
+
+    def judge_findings(self, file: Path) -> list[dict[str, str]]:
+        """Hold the findings of a file against all records of the folder, and write the verdicts beside them."""
+        found = {}
+        for path in sorted((self.bench.out / "cells").rglob("*.json")):
+            record = read_json(path)
+            found[("transfer/" if record["table"] == "transfer" else "") + record["cell"]] = record
+        verdicts = findings.judge_all(findings.read(file), found)
+        write_json(self.bench.out / "findings.json", verdicts)
+        return verdicts
+
+    @staticmethod
+    def name(suite: Suite, row: Row | CostRow) -> str:
+        """What `--only` compares and the user reads."""
+        return f"transfer/{row.cell}" if suite.table == "transfer" else row.cell
+
+    def _planned(self, suite: Suite, row: Row | CostRow) -> Cell:
+        try:
+            data = self.bench.data(row.data)
+        except PotstillError as error:
+            return Cell(suite, row, 0.0, "", ABSENT, reason(error))
+        plain = {k: v for k, v in asdict(row).items() if k != "published"}
+        parts: list[Any] = [suite.table, plain, data.fingerprint]
+        if isinstance(row, Row):
+            parts += [protocol_of(row.protocol).hash]
+            parts += [asdict(suite.experts[row.experts])] if row.experts else []
+            lies = places.names().get(f"{data.slug}/{row.method}/{row.ipc}") if self.bench.zoo else None
+            parts += [read_json(lies / "record.json")["set"]["sha256"]] if lies is not None else []
+        mark = digest(parts)
+        try:
+            took = minutes(row, data)
+        except PotstillError as error:
+            return Cell(suite, row, 0.0, mark, TODO, reason(error))
+        cell = Cell(suite, row, took, mark, TODO)
+        found = self.kept(cell)
+        return replace(cell, fate=KEPT) if found is not None and found["status"] == DONE else cell
+
+    def run(self, cells: Sequence[Cell]) -> dict[str, int]:
+        """Run what is to do; what another process holds is come back to once, at the end.
+
+        Returns:
+            How many cells met each fate.
+        """
+        keep_memory()
+        fates: dict[str, int] = {}
+        held = []
+        for cell in cells:
+            fate = self._guarded(cell) if cell.fate in (TODO, ABSENT) else cell.fate
+            if fate == OTHER:
+                held.append(cell)
+                continue
+            fates[fate] = fates.get(fate, 0) + 1
+        for cell in held:
+            fate = self._guarded(cell)
+            fates[fate] = fates.get(fate, 0) + 1
+        return fates
+
+    def _guarded(self, cell: Cell) -> str:
+        """Run a cell; whatever goes wrong in it becomes its record."""
+        file, name = self.file(cell.row, cell.suite.table), self.name(cell.suite, cell.row)
+        try:
+            with self.bench.locked(file):
+                found = self.kept(cell)
+                if found is not None and found["status"] == DONE:
+                    return KEPT  # another process has made it since the plan
+                file.parent.mkdir(parents=True, exist_ok=True)
+                began = perf_counter()
+                head = self._head(cell, found)
+                if cell.fate == ABSENT:
+                    record = {**head, "status": ABSENT, "reason": cell.reason}
+                else:
+                    self.bench.say(f"{name}: begins, about {cell.minutes:.1f} min")
+                    record = self._caught(cell, head, file)
+                    record["seconds"] = round(head["seconds"] + perf_counter() - began, 3)
+                write_json(file, record)
+        except Timeout:
+            return OTHER
+        self.bench.say(f"{name}: {record['status']}{self._words(record)}")
+        return str(record["status"])
+
+    @staticmethod
+    def _words(record: Record) -> str:
+        """A record's number or reason in a few words."""
+        own = [r for r in record.get("results", ()) if (r["role"], r["variant"]) == ("set", "own")]
+        if record["status"] == DONE and own:
+            return f", {100 * sum(r['accuracy_mean'] for r in own) / len(own):.1f} %"
+        if record["status"] == DONE and record.get("step_seconds"):
+            return f", {record['step_seconds']:.3g} s a step"
+        return f": {record['reason']}" if record["reason"] else ""
+
+    def _head(self, cell: Cell, found: Record | None) -> Record:
+        """What all records begin with; of a cell that was interrupted, what it has so far."""
+        row = cell.row
+        published = row.published if isinstance(row, Row) else None
+        record: Record = {
+            "format": 1,
+            "kind": "cost" if isinstance(row, CostRow) else "accuracy",
+            "suite": cell.suite.name,
+            "table": cell.suite.table,
+            "cell": row.cell,
+            "status": "running",
+            "reason": "",
+            "inputs": cell.mark,
+            "method": row.method,
+            "data": self.bench.exchange.get(row.data, row.data),
+            "ipc": row.ipc,
+            "row": {k: v for k, v in asdict(row).items() if v not in ("", (), {}, None)},
+            "command": f"potstill benchmark {cell.suite.name} --only '{self.name(cell.suite, row)}'",
+            "seconds": 0.0,
+            "software": software(self.bench.device),
+        }
+        if isinstance(row, CostRow):
+            return {**record, "form": row.form, "network": row.network}
+        record |= {"protocol": row.protocol, "published": asdict(published) if published else None, "sets": [], "results": []}  # fmt: skip
+        if found is not None:
+            record |= {k: found[k] for k in ("sets", "results", "seconds") if k in found}
+        return record
+
+    def _caught(self, cell: Cell, record: Record, file: Path) -> Record:
+        try:
+            if isinstance(cell.row, CostRow):
+                return self._cost(cell.row, record)
+            return accuracy(self.bench, cell.suite, cell.row, record, file)
+        except (PotstillError, Stopped) as error:
+            return {**record, "status": FAILED, "reason": reason(error)}
+        except (MemoryError, RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError, OSError) as error:
+            if out_of_memory(error):
+                return {**record, "status": MEMORY, "reason": "more than this machine has"}
+            return {**record, "status": FAILED, "reason": f"{type(error).__name__}: {reason(error)}"}
+
+    def _cost(self, row: CostRow, record: Record) -> Record:
+        b = self.bench
+        on, _ = choose_compile(b.compile, 0.0, b.device)
+        blank: Record = {
+            "step_seconds": None,
+            "loss_seconds": None,
+            "times": {},
+            "peak_bytes": None,
+            "baseline_bytes": None,
+        }
+        measured = in_own_process(row, b.exchange.get(row.data, row.data), b.data_root, on, b.precision, b.device)
+        return {**record, **blank, **measured}
+
+
+def reason(error: BaseException) -> str:
+    """An error in a line for a record: no path of this machine in it."""
+    line = next(iter(str(error).splitlines()), "")
+    for place, name in ((os.environ.get("POTSTILL_DATA"), "$POTSTILL_DATA"), (str(Path.home()), "~")):
+        line = line.replace(place, name) if place and place != "/" else line
+    return line[:300]
+
+
+def planned(cells: Sequence[Cell]) -> str:
+    """A plan for people: every cell, its minutes and fate, and the sum of what is to do."""
+    rows = [
+        (Benchmark.name(c.suite, c.row), f"{c.minutes:.1f}", c.fate + (f": {c.reason}" if c.reason else ""))
+        for c in cells
+    ]
+    wide = max((len(r[0]) for r in rows), default=0)
+    lines = [f"{name:{wide}}  {minutes:>6} min  {fate}" for name, minutes, fate in rows]
+    todo = [c for c in cells if c.fate == TODO]
+    lines.append(f"{len(todo)} of {len(cells)} cells to do, about {sum(c.minutes for c in todo):.0f} min")
+    return "\n".join(lines)

@@ -1,0 +1,169 @@
+"""One cell of a benchmark: its sets are made and judged in every way that its row asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import places
+from .augment import Augment
+from .bench import Bench
+from .compiling import EAGER_FLOPS, sample_flops
+from .data import Data
+from .errors import PotstillError
+from .exchange import DistilledSet, load
+from .experts import record as record_experts
+from .judge import Judge, Result, protocol_of
+from .loop import distill
+from .networks import network as build_network
+from .recipe import find
+from .records import digest, read_json, write_json
+from .rows import WHOLE, CostRow, Recording, Row, Suite
+from .students import is_kernel
+from .training import Trainer
+
+Record = dict[str, Any]
+ZOO = "zoo:"  # before the name of a set that lies in the zoo and not in the results folder
+
+
+def minutes(row: Row | CostRow, data: Data) -> float:
+    """An estimate of a cell's minutes, from the row's own budget and counted operations of training networks.
+
+    Raises:
+        PotstillError: A network that does not fit the data.
+    """
+    if isinstance(row, CostRow):
+        return min(row.limit_seconds, 30.0) / 60
+    images, work = data.task.classes * row.ipc, 0.0
+    for name in row.networks:
+        if is_kernel(name) or row.method == WHOLE:
+            continue
+        net, protocol = build_network(name, data.shape, data.task.outputs), protocol_of(row.protocol)
+        one = Trainer(net, replace(protocol, lr=protocol.lr or 1.0), data.task, False, "cpu").flops(images)
+        more = len(row.baselines) + ("hard" in row.variants) + 2 * ("plain" in row.variants)
+        work += one * row.repeats * (len(row.seeds) + more)
+    if row.steps and row.method != WHOLE:
+        recipe = find(row.method, row.preset, row.ipc)
+        net = build_network(row.network or recipe.network, data.shape, data.task.outputs)
+        real = data.task.classes * int(getattr(recipe.objective, "real", 64))
+        work += 3 * sample_flops(net) * (real + images) * row.steps * len(row.seeds)
+    return row.minutes * len(row.seeds) + work / EAGER_FLOPS / 60
+
+
+def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -> Record:
+    """Make the sets, judge each in every way that the row asks for; after each number the record is on disk."""
+    data = bench.data(row.data)
+    done = {(r["seed"], r["role"], r["variant"], r["network"]) for r in record["results"]}
+
+    def keep(seed: int, role: str, variant: str, network: str, judge: Callable[[], Result | None]) -> None:
+        if (seed, role, variant, network) in done:
+            return
+        result = judge()
+        if result is None:  # such as the whole set for a kernel; the judge has said why
+            return
+        record["results"].append(asdict(result) | {"seed": seed, "role": role, "variant": variant})
+        write_json(file, record)
+
+    judge = bench.judge(data, row.protocol, row.repeats)
+    if row.method == WHOLE:
+        for name in row.networks:
+            keep(0, "set", "own", build_network(name, data.shape, data.task.outputs).name, partial(judge.whole, name))
+        return {**record, "status": "done"}
+    for seed in row.seeds:
+        set_ = made(bench, suite, row, record, seed, data)
+        write_json(file, record)
+        for name in row.networks:
+            trainer = judge.student(name, judge.resolved(set_), set_, set_.meta.labels, False)
+            for role, variant, judged in _ways(row, set_, judge, name, seed == row.seeds[0]):
+                keep(seed, role, variant, trainer.name, judged)
+    return {**record, "status": "done"}
+
+
+def _ways(
+    row: Row, set_: DistilledSet, judge: Judge, name: str, first: bool
+) -> Iterator[tuple[str, str, Callable[[], Result | None]]]:
+    """(role, variant, measurement) for each number that a row wants of a set on a network."""
+    yield "set", "own", lambda: judge.set(set_, row.method, name)
+    if not first:
+        return
+    if "random" in row.baselines:
+        yield "random", "own", lambda: judge.random(set_, name)
+    if "k-means" in row.baselines:
+        yield "k-means", "own", lambda: judge.k_means(set_, name)
+    if is_kernel(name):
+        return
+    if "hard" in row.variants:
+        if set_.meta.labels != "hard":
+            meta = replace(set_.meta, labels="hard")
+            hard = DistilledSet(set_.inputs, set_.labels.argmax(1), meta, set_.lr, set_.matrix)
+            yield "set", "hard", lambda: judge.set(hard, row.method, name)
+        yield "whole", "own", lambda: judge.whole(name)
+    if "plain" in row.variants and judge.resolved(set_).augment.ops:
+        bare = replace(judge, protocol=replace(judge.protocol, augment=Augment(), own=False))
+        yield "set", "plain", lambda: bare.set(set_, row.method, name)
+        yield "random", "plain", lambda: bare.random(set_, name)
+
+
+def made(bench: Bench, suite: Suite, row: Row, record: Record, seed: int, data: Data) -> DistilledSet:
+    """The row's set of a seed: as the record has it, from its run's last checkpoint, or from the start."""
+    name = f"{data.slug}/{row.method}/{row.ipc}"
+    if bench.zoo and seed == row.seeds[0] and (lies := places.names().get(name)) is not None:
+        _enter(record, seed, f"{ZOO}{name}", read_json(lies / "record.json"))
+        return load(lies)
+    place = f"runs/{suite.table}/{row.cell}/seed{seed}"
+    folder = bench.out / place
+    if any(entry["seed"] == seed for entry in record["sets"]) and (folder / "set.safetensors").exists():
+        return load(folder)
+    coreset = find(row.method, row.preset, row.ipc).objective is None
+    options: dict[str, Any] = {"ipc": row.ipc, "preset": row.preset, "settings": dict(row.settings), "seed": seed,
+                               "out": folder, "device": bench.device, "precision": bench.precision, "compile": bench.compile,
+                               "evaluate": False, "say": bench.say, "bar": bench.bar}  # fmt: skip
+    if not coreset:
+        options["steps" if row.steps else "minutes"] = row.steps or row.minutes
+    if row.network:
+        options["settings"] = {"network": row.network, **options["settings"]}
+    if row.experts:
+        options["experts"] = _experts(bench, row.experts, suite.experts[row.experts])
+    begun = folder.is_dir() and any(folder.iterdir())
+    try:
+        run = distill(data, row.method, resume=begun, **options)
+    except PotstillError:
+        if not begun:
+            raise
+        run = distill(data, row.method, force=True, **options)  # what lies there is of other settings
+    _enter(record, seed, place, run.record)
+    return run.set
+
+
+def _enter(record: Record, seed: int, place: str, run: Record) -> None:
+    """Put a set into a cell's record; numbers that were measured on an earlier set of this seed go."""
+    if any((e["seed"], e["path"], e["sha256"]) == (seed, place, run["set"]["sha256"]) for e in record["sets"]):
+        return
+    entry = {
+        "seed": seed,
+        "path": place,
+        "sha256": run["set"]["sha256"],
+        "steps": run["steps"],
+        "seconds": round(sum(v for k, v in run["cost"]["phases"].items() if k != "evaluation"), 3),
+        "peak_bytes": run["cost"]["peak_bytes"],
+        "images": run["set"]["images"],
+        "input_bytes": run["set"]["input_bytes"],
+        "label_bytes": run["set"]["label_bytes"],
+    }
+    record["sets"] = [e for e in record["sets"] if e["seed"] != seed] + [entry]
+    record["results"][:] = [r for r in record["results"] if r["seed"] != seed]
+
+
+def _experts(bench: Bench, name: str, recording: Recording) -> Path:
+    """The folder of a recording, made if it is not there; other processes wait for it."""
+    folder = bench.out / "experts" / f"{name}-{digest(asdict(recording))}"
+    options = {k: v for k, v in asdict(recording).items() if k != "data"}
+    with bench.locked(folder, wait=True):
+        begun = folder.is_dir() and any(folder.iterdir())
+        data = bench.data(recording.data)
+        record_experts(data, out=folder, resume=begun, device=bench.device, precision=bench.precision,
+                       compile=bench.compile, say=bench.say, bar=bench.bar, **options)  # fmt: skip
+    return folder

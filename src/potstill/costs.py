@@ -1,0 +1,180 @@
+"""What a step costs: one cell of the cost table, measured in a process of its own, so that a peak is that cell's alone.
+
+`python -m potstill.costs` reads a request as JSON on standard input and writes one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from .compiling import choose_precision, keep_memory
+from .data import Data
+from .errors import PotstillError
+from .functional import Key, Tree
+from .loaders import load
+from .measure import peak_bytes, reset_peak
+from .networks import Network
+from .networks import network as build_network
+from .objectives import Net, Unroll
+from .recipe import Recipe, change, find
+from .replay import Experts
+from .rows import CostRow
+from .still import Settings, Still
+from .synthetic import counts_per_group
+
+DONE, FAILED, MEMORY, TIME = "done", "failed", "out of memory", "out of time"
+WARM = 2  # steps before the timed ones: compiling, first allocations
+
+
+@dataclass(frozen=True)
+class Stretch(Experts):
+    """A network and another one as its goal, both fresh: costs as much as a recorded expert's stretch, and needs none."""
+
+    def check(self, network: Network, data: Data) -> None:
+        """Nothing is recorded."""
+
+    def fetch(self, network: Network, pool: Tree, key: Key, progress: float) -> tuple[int, Net]:
+        """As `Source.fetch`."""
+        state, goal = (network.init(key.fold("weights", i)) for i in range(2))
+        return 0, Net(network, state, goal)
+
+
+def recipe_of(row: CostRow, data: Data) -> Recipe:
+    """The row's recipe: S whole in each inner step where the row says `full`, experts made up."""
+    recipe = find(row.method, row.preset, row.ipc)
+    settings = {"network": row.network, **row.settings} if row.network else dict(row.settings)
+    recipe = change(recipe, settings) if settings else recipe
+    if isinstance(recipe.objective, Unroll):
+        feed = {"feed": "all"} if row.batch == "full" else {"feed": "random", "batch": int(row.batch)}
+        recipe = replace(recipe, objective=replace(recipe.objective, **feed))
+    elif row.batch != "full":
+        raise PotstillError(f"batch {row.batch}: method '{row.method}' takes S whole")
+    return replace(recipe, source=Stretch(span=1)) if isinstance(recipe.source, Experts) else recipe
+
+
+def measure(row: CostRow, data: Data, compile: bool, precision: str, device: str = "cpu") -> dict[str, Any]:
+    """Seconds of steps and of the loss alone, and the peak of memory, in this process.
+
+    The step is the loop's whole: a network is fetched and trained on, real samples and augmentation are drawn, S is
+    updated. The loss alone is target, loss and gradient with respect to what is learned, everything else given.
+
+    Returns:
+        `step_seconds` and `loss_seconds`, medians of `times`; `peak_bytes` of the process and `baseline_bytes`, what of
+        it was there before the first step.
+    """
+    recipe = recipe_of(row, data)
+    net = build_network(recipe.network, data.shape, data.task.outputs)
+    counts = counts_per_group(row.ipc, data.counts)
+    exact = choose_precision(precision, device, net)
+    settings = Settings(recipe, counts, 0, 0.0, 1000, device, compile, exact, torch.get_num_threads())
+    reset_peak(device)
+    before = peak_bytes(device)
+    still = Still(data, settings)
+    now = still.fresh()
+    times: dict[str, list[float]] = {"step": [], "loss": []}
+
+    def timed(name: str, run: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        out = run()
+        times[name].append(time.perf_counter() - begin)
+        return out
+
+    for i in range(WARM + row.repeats):
+        now, _ = timed("step", lambda i=i, now=now: still.step(now, i))  # type: ignore[misc]
+    _, net_, real, draws = still.inputs_of(now, 0)
+    for _ in range(WARM + row.repeats):
+        timed("loss", lambda: still.value_and_grad(now, still.target(net_, real, draws), net_, draws))
+    kept = {name: [round(t, 6) for t in found[WARM:]] for name, found in times.items()}
+    return {
+        "status": DONE,
+        "step_seconds": round(median(kept["step"]), 6),
+        "loss_seconds": round(median(kept["loss"]), 6),
+        "times": kept,
+        "peak_bytes": peak_bytes(device),
+        "baseline_bytes": before,
+        "unroll": still.objective.way,
+        "precision": exact,
+        "compile": "on" if compile else "off",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def in_own_process(
+    row: CostRow, data: str, data_root: str | Path | None, compile: bool, precision: str, device: str = "cpu"
+) -> dict[str, Any]:
+    """As `measure`, in a fresh process that may run out of memory or time without harm to this one.
+
+    Returns:
+        As `measure`; else `status` (`out of memory`, `out of time`, `failed`) and `reason`.
+    """
+    request = {"row": asdict(row), "data": data, "root": str(data_root) if data_root else None, "compile": compile,
+               "precision": precision, "device": device}  # fmt: skip
+    command = [sys.executable, "-m", "potstill.costs"]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, text=True, timeout=row.limit_seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"status": TIME, "reason": f"longer than {row.limit_seconds:g} s"}
+    answer = done.stdout.strip().splitlines()[-1:] or [""]
+    try:
+        found = json.loads(answer[0])
+    except ValueError:
+        if done.returncode == -9:  # the system's own answer to too little memory
+            return {"status": MEMORY, "reason": "killed by the system"}
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"status": FAILED, "reason": last[:300]}
+    return dict(found)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out."""
+    words = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in words or "not enough memory" in words)
+    )
+
+
+def _limit() -> None:
+    """Run out of memory here, as an error, before the machine does; and if the system must kill somebody, then this."""
+    with suppress(OSError, ValueError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        free = {line.split(":")[0]: line.split() for line in Path("/proc/meminfo").read_text().splitlines()}
+        own = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (own + int(free["MemAvailable"][1]) * 1024,) * 2)
+
+
+def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    row = CostRow(**{**request["row"], "settings": dict(request["row"]["settings"])})
+    try:
+        keep_memory()
+        data = load(request["data"], request["root"])
+        _limit()
+        return measure(row, data, request["compile"], request["precision"], request["device"])
+    except PotstillError as error:
+        return {"status": FAILED, "reason": str(error)}
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            return {"status": MEMORY, "reason": f"more than this machine's {_total()} of memory"}
+        raise
+
+
+def _total() -> str:
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+
+
+if __name__ == "__main__":
+    print(json.dumps(_answer(json.load(sys.stdin))), flush=True)

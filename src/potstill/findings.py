@@ -1,0 +1,141 @@
+"""Claims of the literature held against a benchmark's records: confirmed, refuted, or not resolvable with what was measured."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from .errors import PotstillError, unknown
+from .scores import accuracies, p_value
+
+Cell = Mapping[str, Any]
+KINDS = ("accuracy", "seconds", "bytes")
+CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not resolvable"
+LEVEL = 0.05  # of the test that two accuracies differ
+MARGIN = 1.1  # ratio below which two measured costs count as one
+LIMITS = ("out of memory", "out of time")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim: what `more` names lies above what `than` names, in costs by a factor.
+
+    Args:
+        name: Short, without blanks.
+        claim: In a sentence.
+        source: Where it stands.
+        kind: `accuracy`, `seconds` or `bytes`.
+        more: Cells, each of which lies above `than`: `data/method/ipc` (a set's accuracy; with `@gain` that over random),
+            `transfer/data/method/ipc@network`, or `cost/data/method/ipc/form@step_seconds`, `@loss_seconds`, `@peak_bytes`.
+        than: One such cell.
+        command: That measures them.
+        table: For readers of the file.
+        factor: `more` lies above `than` times this.
+    """
+
+    name: str
+    claim: str
+    source: str
+    kind: str
+    more: tuple[str, ...]
+    than: str
+    command: str
+    table: str = ""
+    factor: float = 1.0
+
+
+def read(file: Path) -> list[Finding]:
+    """The findings of a file.
+
+    Raises:
+        PotstillError: It is no TOML, or a row has fields that do not exist or lacks some.
+    """
+    try:
+        plain = tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PotstillError(f"{file} cannot be read ({error})") from error
+    known, found = {f.name for f in fields(Finding)}, []
+    for i, row in enumerate(plain.get("finding", [])):
+        at = f"{file.name}: finding {i + 1} ({row.get('name', 'without a name')})"
+        for name in sorted(set(row) - known):
+            raise PotstillError(f"{at}: {unknown('field', name, known)}")
+        for name in ("name", "claim", "source", "kind", "more", "than", "command"):
+            if name not in row:
+                raise PotstillError(f"{at}: {name} is missing")
+        if row["kind"] not in KINDS:
+            raise PotstillError(f"{at}: {unknown('kind', str(row['kind']), KINDS)}")
+        more = row["more"] if isinstance(row["more"], list) else [row["more"]]
+        found.append(Finding(**{**row, "more": tuple(more)}))
+    return found
+
+
+def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
+    """A finding's verdict by the records.
+
+    Accuracies are compared by Welch's t-test over networks and sets at a level of 5 %. Costs differ where their ratio is
+    beyond 1.1; a cell that ran out of memory, or of time, costs more than any that did not.
+
+    Args:
+        finding: The claim.
+        cells: Records by name: that of the cell, after `transfer/` for the table of transfer.
+
+    Returns:
+        `name`, `claim`, `verdict` (`confirmed`, `refuted`, `not resolvable`), `numbers` and `command`.
+    """
+    value = _accuracy if finding.kind == "accuracy" else _cost
+    than, verdicts, numbers = value(finding.than, cells), [], []
+    for name in finding.more:
+        more = value(name, cells)
+        missing = [n for n, v in ((name, more), (finding.than, than)) if not v]
+        if missing or not more or not than:
+            verdicts.append(OPEN)
+            numbers.append(f"not measured: {', '.join(missing)}")
+        elif finding.kind == "accuracy":
+            p, higher = p_value(more, than), fmean(more) > fmean(than)
+            verdicts.append(OPEN if p >= LEVEL else CONFIRMED if higher else REFUTED)
+            numbers.append(f"{name} {100 * fmean(more):.1f} %, {finding.than} {100 * fmean(than):.1f} %, p = {p:.2g}, n = {len(more)} and {len(than)}")  # fmt: skip
+        else:
+            ratio = math.nan if more == than == [math.inf] else more[0] / (than[0] * finding.factor)
+            verdicts.append(CONFIRMED if ratio > MARGIN else REFUTED if ratio < 1 / MARGIN else OPEN)
+            numbers.append(f"{name} {_words(more[0], finding.kind)}, {finding.than} {_words(than[0], finding.kind)}")
+    joint = REFUTED if REFUTED in verdicts else CONFIRMED if set(verdicts) == {CONFIRMED} else OPEN
+    return {"name": finding.name, "claim": finding.claim, "verdict": joint, "numbers": "; ".join(numbers), "command": finding.command}  # fmt: skip
+
+
+def judge_all(findings: Sequence[Finding], cells: Mapping[str, Cell]) -> list[dict[str, str]]:
+    """The verdicts on all findings."""
+    return [judge(f, cells) for f in findings]
+
+
+def _accuracy(name: str, cells: Mapping[str, Cell]) -> list[float]:
+    """Accuracies over networks and sets; with `@gain` each less the mean of random real samples."""
+    cell, _, what = name.partition("@")
+    record = cells.get(cell)
+    if record is None or record.get("status") != "done":
+        return []
+    if what != "gain":
+        return accuracies(record, network=what or None)
+    chance = accuracies(record, "random")
+    return [a - fmean(chance) for a in accuracies(record)] if chance else []
+
+
+def _cost(name: str, cells: Mapping[str, Cell]) -> list[float]:
+    """Seconds or bytes; infinite where memory or time ran out."""
+    cell, _, what = name.partition("@")
+    record = cells.get(cell)
+    if record is None:
+        return []
+    if record.get("status") in LIMITS:
+        return [math.inf]
+    value = record.get(what or "step_seconds")
+    return [float(value)] if record.get("status") == "done" and value else []
+
+
+def _words(value: float, kind: str) -> str:
+    show: Callable[[float], str] = (lambda v: f"{v:.3g} s") if kind == "seconds" else (lambda v: f"{v / 2**20:.0f} MiB")
+    return "beyond the limit" if value == math.inf else show(value)

@@ -1,0 +1,300 @@
+"""A benchmark's rows: strict TOML, one row for each cell, all mistakes found before anything runs."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import PotstillError, unknown
+
+TABLES = ("performance", "transfer", "cost")
+MARKS = ("read", "quoted", "remembered")
+WHOLE = "whole"  # a row's method that is no method: a network on the whole training set
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a paper says a cell comes to.
+
+    Args:
+        accuracy: In [0, 1].
+        source: Where it stands.
+        mark: `read` there, `quoted` by another paper, or `remembered` and not checked.
+        spread: Its standard deviation, in [0, 1].
+    """
+
+    accuracy: float
+    source: str
+    mark: str
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of a table of accuracies: a method on data at a number of images per class.
+
+    Args:
+        method: A name of `potstill list methods`, or `whole`.
+        data: As `potstill distill` takes it.
+        ipc: Images per class.
+        networks: What the sets are judged with.
+        protocol: How.
+        minutes: Budget for making each set, in place of `steps`; neither for a coreset.
+        steps: Length of the making.
+        preset: `small` or `paper`.
+        network: What the sets are learned with; the recipe's own if empty.
+        seeds: One set each.
+        repeats: Fresh networks for each set.
+        baselines: Of `random` and `k-means`, judged beside the first set.
+        variants: `hard` (the set with hard labels) and `plain` (no augmentation), for the scores of fairness.
+        experts: Name of a recording in the file.
+        settings: Recipe fields to change.
+        published: What a paper says.
+    """
+
+    method: str
+    data: str
+    ipc: int
+    networks: tuple[str, ...]
+    protocol: str
+    minutes: float = 0.0
+    steps: int = 0
+    preset: str = "small"
+    network: str = ""
+    seeds: tuple[int, ...] = (0,)
+    repeats: int = 3
+    baselines: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
+    experts: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    published: Published | None = None
+
+    @property
+    def cell(self) -> str:
+        """Its name within a table."""
+        return f"{self.data}/{self.method}/{self.ipc}".replace(":", "-")
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """One cell of the table of costs.
+
+    Args:
+        method: A name of `potstill list methods`.
+        data: As `potstill distill` takes it.
+        ipc: Images per class.
+        batch: Samples of S in each inner step, for objectives that take some; `full`: all of them.
+        form: `plain`, or `saving` for what saves memory.
+        network: What S is learned with; the recipe's own if empty.
+        preset: `small` or `paper`.
+        repeats: Timed steps.
+        limit_seconds: After which the cell is out of time.
+        settings: Recipe fields to change.
+    """
+
+    method: str
+    data: str
+    ipc: int
+    batch: int | str = "full"
+    form: str = "plain"
+    network: str = ""
+    preset: str = "paper"
+    repeats: int = 5
+    limit_seconds: float = 120.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def cell(self) -> str:
+        """Its name within the table."""
+        return f"cost/{self.data}/{self.method}/{self.ipc}/{self.form}".replace(":", "-")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Experts that rows refer to by name: made once, shared."""
+
+    data: str
+    count: int
+    epochs: int
+    network: str = "convnet"
+    lr: float = 0.01
+    momentum: float = 0.0
+    batch: int = 256
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The rows of one file."""
+
+    name: str
+    title: str
+    table: str
+    rows: tuple[Row | CostRow, ...]
+    experts: Mapping[str, Recording]
+
+
+def suites(name: str, places: Sequence[Path]) -> list[Suite]:
+    """The suites of a name, or the one of a file.
+
+    Args:
+        name: A `.toml` file, or a name: `quick` stands for `quick.toml` and all `quick-*.toml`.
+        places: Folders in which names are looked for; the first that has it wins.
+
+    Raises:
+        PotstillError: No such name or file, or mistakes in it, all of them in one message.
+    """
+    if name.endswith(".toml"):
+        found = [Path(name)]
+    else:
+        known = {file.stem for place in places for file in sorted(place.glob("*.toml"))}
+        if name not in known:
+            raise unknown("benchmark", name, sorted(known), "a .toml file may be given, too")
+        place = next(p for p in places if (p / f"{name}.toml").is_file())
+        found = [place / f"{name}.toml", *sorted(place.glob(f"{name}-*.toml"))]
+    read_, mistakes = [], []
+    for file in found:
+        try:
+            suite, wrong = read(file)
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise PotstillError(f"{file} cannot be read ({error})") from error
+        mistakes += wrong
+        read_.append(suite)
+    if mistakes:
+        shown = "\n".join(f"  {m}" for m in mistakes)
+        raise PotstillError(f"{name}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}\n{shown}")
+    return read_
+
+
+def read(file: Path) -> tuple[Suite, list[str]]:
+    """A file's suite, and what is wrong with it: one line each, rows counted from 1."""
+    plain = tomllib.loads(file.read_text())
+    mistakes: list[str] = []
+
+    def wrong(line: str) -> None:
+        mistakes.append(f"{file.name}: {line}")
+
+    for key in sorted(set(plain) - {"title", "table", "experts", "row"}):
+        wrong(f"no field '{key}'; title, table, [experts.NAME] and [[row]] are known")
+    table, title, given = plain.get("table"), plain.get("title", ""), plain.get("row", [])
+    if table not in TABLES:
+        wrong(f"table is {table!r}; one of {', '.join(TABLES)} is needed")
+    if not isinstance(title, str):
+        wrong("title is no text")
+    if not isinstance(given, list) or not given:
+        wrong("no [[row]]")
+        given = []
+    experts: dict[str, Recording] = {}
+    for name, entry in dict(plain.get("experts", {})).items():
+        made, lines = make(Recording, entry)
+        for line in lines:
+            wrong(f"experts '{name}': {line}")
+        if made is not None:
+            experts[name] = made
+    rows: list[Row | CostRow] = []
+    for i, entry in enumerate(given):
+        at = f"row {i + 1}" + (f" ({entry['method']})" if isinstance(entry, Mapping) and "method" in entry else "")
+        row, lines = make(CostRow if table == "cost" else Row, entry)
+        for line in lines:
+            wrong(f"{at}: {line}")
+        if row is None:
+            continue
+        for line in faults(row, experts):
+            wrong(f"{at}: {line}")
+        if row.cell in {r.cell for r in rows}:
+            wrong(f"{at}: a second row for {row.cell}")
+        rows.append(row)
+    return Suite(file.stem, str(title), str(table), tuple(rows), experts), mistakes
+
+
+def make(cls: type, plain: Any) -> tuple[Any, list[str]]:
+    """A dataclass from plain values, and every mistake in them; `None` where there are any."""
+    if not isinstance(plain, Mapping):
+        return None, [f"is {plain!r}; a table of fields is needed"]
+    known, values, lines = {f.name: f for f in fields(cls)}, {}, []
+    for name, value in plain.items():
+        if name not in known:
+            lines.append(str(unknown("field", name, known)))
+        elif name == "published":
+            values[name], wrong = make(Published, value)
+            lines += [f"published: {line}" for line in wrong]
+        else:
+            values[name] = _typed(value, str(known[name].type))
+            if values[name] is None:
+                lines.append(f"{name} is {value!r}; {known[name].type} is needed")
+    for name, f in known.items():
+        if f.default is f.default_factory is MISSING and name not in plain:
+            lines.append(f"{name} is missing")
+    return (None if lines else cls(**values)), lines
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """A value as a field's type wants it; `None` where it does not fit."""
+    if isinstance(value, bool):
+        return None
+    if kind.startswith("tuple"):
+        inner = int if "int" in kind else str
+        fits = isinstance(value, list) and value and all(type(v) is inner for v in value)
+        return tuple(value) if fits else None
+    if kind.startswith("Mapping"):
+        return dict(value) if isinstance(value, Mapping) else None
+    if kind == "float":
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    kinds = {"int": (int,), "str": (str,), "int | str": (int, str)}[kind]
+    return value if isinstance(value, kinds) else None
+
+
+def faults(row: Row | CostRow, experts: Mapping[str, Recording]) -> list[str]:
+    """What is wrong with a row although each field is of its type."""
+    from .methods import METHODS, PRESETS
+    from .recipe import change, find
+    from .training import PROTOCOLS
+
+    lines: list[str] = []
+
+    def check(good: bool, line: str) -> None:
+        if not good:
+            lines.append(line)
+
+    def among(kind: str, name: str, allowed: Sequence[str]) -> None:
+        check(name in allowed, "" if name in allowed else str(unknown(kind, name, allowed)))
+
+    check(row.ipc >= 1, f"ipc {row.ipc} is below 1")
+    check(row.repeats >= 1, f"repeats {row.repeats} is below 1")
+    among("preset", row.preset, PRESETS)
+    named = row.method == WHOLE and isinstance(row, Row)
+    if not named and ":" not in row.method:
+        among("method", row.method, [*METHODS, WHOLE] if isinstance(row, Row) else list(METHODS))
+    if isinstance(row, CostRow):
+        check(row.form in ("plain", "saving"), f"form is {row.form!r}; plain or saving is needed")
+        check(row.batch == "full" or (isinstance(row.batch, int) and row.batch > 0), f"batch is {row.batch!r}; a number of samples or full is needed")  # fmt: skip
+        check(row.limit_seconds > 0, "limit_seconds is not above 0")
+    else:
+        among("protocol", row.protocol, list(PROTOCOLS))
+        check(
+            len(set(row.seeds)) == len(row.seeds) and min(row.seeds) >= 0, "seeds are not different numbers from 0 up"
+        )
+        for name in row.baselines:
+            among("baseline", name, ("random", "k-means"))
+        for name in row.variants:
+            among("variant", name, ("hard", "plain"))
+        if row.experts:
+            among("recording [experts]", row.experts, list(experts))
+        check(not (row.minutes and row.steps), "minutes and steps exclude each other")
+        check(row.minutes >= 0 and row.steps >= 0, "minutes or steps below 0")
+        if row.published is not None:
+            among("mark", row.published.mark, MARKS)
+            check(0 < row.published.accuracy < 1, f"published: accuracy {row.published.accuracy} is no fraction")
+    if not lines and not named:
+        try:
+            recipe = find(row.method, row.preset, row.ipc)
+            changed = change(recipe, row.settings) if row.settings else recipe
+            if isinstance(row, Row) and changed.objective is not None:
+                check(bool(row.minutes or row.steps), "minutes or steps are needed: the method takes steps")
+            check(not isinstance(row, CostRow) or changed.objective is not None, "a coreset has no step to time")
+        except PotstillError as error:
+            lines.append(str(error))
+    return lines

@@ -1,0 +1,401 @@
+"""Benchmarks: rows read strictly, cells run once, and whatever goes wrong in one stays in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from potstill import cells as cells_module
+from potstill import costs, still
+from potstill.bench import Bench
+from potstill.benchmark import Benchmark, planned, reason
+from potstill.cli import main
+from potstill.errors import PotstillError
+from potstill.exchange import load
+from potstill.judge import Judge
+from potstill.records import digest
+from potstill.rows import CostRow, suites
+from potstill.testing import toy
+from potstill.training import PROTOCOLS
+
+HEAD = 'title = "t"\ntable = "performance"\n'
+DM = """[[row]]
+method = "dm"
+data = "toy"
+ipc = 1
+steps = 4
+network = "convnet-w4"
+networks = ["convnet-w4", "mlp-w4"]
+protocol = "dc"
+repeats = 2
+baselines = ["random", "k-means"]
+settings = { "objective.real" = 4 }
+"""
+RANDOM = '[[row]]\nmethod = "random"\ndata = "toy"\nipc = 2\nnetworks = ["convnet-w4"]\nprotocol = "dsa"\nrepeats = 2\n'
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Trainings of a few epochs."""
+    monkeypatch.setattr(still, "LOOK", replace(still.LOOK, epochs=5))
+    for name in ("dc", "dsa", "kip", "whole"):
+        monkeypatch.setitem(PROTOCOLS, name, replace(PROTOCOLS[name], epochs=4, steps=0))
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A data root with toy data, and no zoo or cache of this machine."""
+    data, folder = toy(), tmp_path / "data"
+    folder.mkdir()
+    parts = {f"{n}_{p}": getattr(s, "inputs" if n == "x" else "labels").numpy() for p, s in (("train", data.train), ("test", data.test)) for n in "xy"}  # fmt: skip
+    np.savez(folder / "toy.npz", **parts)
+    monkeypatch.setenv("POTSTILL_DATA", str(folder))
+    monkeypatch.setattr(cells_module.places, "names", dict)
+    return folder
+
+
+def bench_of(tmp_path, text, name="mine", **options):
+    file = tmp_path / f"{name}.toml"
+    file.write_text(text)
+    return Benchmark(suites(str(file), []), Bench(tmp_path / "out", **options))
+
+
+def records(tmp_path):
+    files = sorted((tmp_path / "out" / "cells").rglob("*.json"))
+    return {
+        f.relative_to(tmp_path / "out" / "cells").with_suffix("").as_posix(): json.loads(f.read_text()) for f in files
+    }
+
+
+# rows
+
+
+def test_all_mistakes_of_all_rows_are_told_at_once(tmp_path):
+    rows = [
+        'method = "dmm"\ndata = "toy"\nipc = 1\nsteps = 1\nnetworks = ["mlp"]\nprotocol = "dc"',
+        'method = "dm"\ndata = "toy"\nipc = 0\nsteps = 1\nnetworks = ["mlp"]\nprotocol = "dcc"\nrepeats = 0',
+        'method = "dm"\ndata = 3\nipc = true\nnetworks = []\nprotocol = "dc"\nepoch = 1',
+        'method = "dm"\ndata = "toy"\nipc = 1\nnetworks = ["mlp"]\nprotocol = "dc"',
+        'method = "dm"\ndata = "toy"\nipc = 1\nsteps = 1\nminutes = 2.0\nnetworks = ["mlp"]\nprotocol = "dc"\nexperts = "none"',
+        'method = "dm"\ndata = "toy"\nipc = 3\nsteps = 1\nnetworks = ["mlp"]\nprotocol = "dc"\nsettings = { "objective.rael" = 1 }',
+        'method = "dm"\ndata = "toy"\nipc = 4\nsteps = 1\nnetworks = ["mlp"]\nprotocol = "dc"\npublished = { accuracy = 70.7, source = "x", mark = "seen" }',
+        'method = "random"\ndata = "toy"\nipc = 9\nnetworks = ["mlp"]\nprotocol = "dc"',
+        'method = "random"\ndata = "toy"\nipc = 9\nnetworks = ["mlp"]\nprotocol = "dc"',
+    ]
+    (tmp_path / "bad.toml").write_text(HEAD + "colour = 1\n" + "".join(f"[[row]]\n{r}\n" for r in rows))
+    with pytest.raises(PotstillError) as error:
+        suites("bad", [tmp_path])
+    text = str(error.value)
+    for words in (
+        "no field 'colour'",
+        "row 1 (dmm): no method 'dmm'; did you mean 'dm'",
+        "row 2 (dm): ipc 0 is below 1",
+        "row 2 (dm): repeats 0 is below 1",
+        "row 2 (dm): no protocol 'dcc'",
+        "row 3 (dm): data is 3; str is needed",
+        "row 3 (dm): ipc is True; int is needed",
+        "row 3 (dm): networks is []",
+        "row 3 (dm): no field 'epoch'",
+        "row 4 (dm): minutes or steps are needed",
+        "row 5 (dm): minutes and steps exclude each other",
+        "row 5 (dm): no recording [experts] 'none'",
+        "row 6 (dm): no recipe field 'objective.rael'",
+        "row 7 (dm): published: accuracy 70.7 is no fraction",
+        "row 7 (dm): no mark 'seen'",
+        "row 9 (random): a second row for toy/random/9",
+    ):
+        assert words in text, words
+    assert "18 mistakes" in text or text.count("\n") >= 16
+
+
+def test_a_name_stands_for_its_file_and_its_parts_and_an_unknown_one_for_none(tmp_path):
+    for name in ("quick", "quick-two", "other"):
+        (tmp_path / f"{name}.toml").write_text(HEAD + RANDOM)
+    assert [s.name for s in suites("quick", [tmp_path])] == ["quick", "quick-two"]
+    assert [s.name for s in suites(str(tmp_path / "other.toml"), [])] == ["other"]
+    with pytest.raises(PotstillError, match="no benchmark 'quik'; did you mean 'quick'"):
+        suites("quik", [tmp_path])
+    with pytest.raises(PotstillError, match=r"none.toml cannot be read"):
+        suites(str(tmp_path / "none.toml"), [])
+    (tmp_path / "torn.toml").write_text("title = ")
+    with pytest.raises(PotstillError, match=r"torn.toml cannot be read"):
+        suites(str(tmp_path / "torn.toml"), [])
+
+
+# cells
+
+
+def test_a_cells_numbers_are_those_of_a_judge_and_a_second_run_does_nothing(root, tmp_path, short, capsys):
+    work = bench_of(tmp_path, HEAD + DM + RANDOM)
+    assert work.run(work.plan()) == {"done": 2}
+    found = records(tmp_path)["performance/toy/dm/1"]
+    assert found["status"] == "done" and found["sets"][0]["steps"] == 4 and found["sets"][0]["images"] == 3
+    set_ = load(tmp_path / "out" / found["sets"][0]["path"])
+    data = work.bench.data("toy")
+    for name in ("convnet-w4", "mlp-w4"):
+        alone = Judge(data, cells_module.protocol_of("dc"), 2).set(set_, "dm", name)
+        (mine,) = [r for r in found["results"] if (r["role"], r["network"]) == ("set", name)]
+        assert mine["accuracies"] == alone.accuracies
+    roles = [(r["role"], r["variant"], r["network"]) for r in found["results"]]
+    assert roles == [(role, "own", n) for n in ("convnet-w4", "mlp-w4") for role in ("set", "random", "k-means")]
+    assert str(tmp_path) not in json.dumps(found)
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "cells").rglob("*.json")}
+    assert work.run(work.plan()) == {"kept": 2}
+    assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "cells").rglob("*.json")}
+
+
+def test_a_cell_is_measured_again_when_its_row_changes_and_its_set_kept_when_only_the_judging_does(
+    root, tmp_path, short
+):
+    work = bench_of(tmp_path, HEAD + RANDOM)
+    work.run(work.plan())
+    old = records(tmp_path)["performance/toy/random/2"]
+    more = bench_of(tmp_path, HEAD + RANDOM.replace("repeats = 2", "repeats = 3"))
+    assert more.run(more.plan()) == {"done": 1}
+    new = records(tmp_path)["performance/toy/random/2"]
+    assert new["inputs"] != old["inputs"] and len(new["results"][0]["accuracies"]) == 3
+    assert new["results"][0]["accuracies"][:2] == old["results"][0]["accuracies"]
+    published = RANDOM + 'published = { accuracy = 0.5, source = "here", mark = "read" }\n'
+    same = bench_of(tmp_path, HEAD + published.replace("repeats = 2", "repeats = 3"))
+    assert [c.fate for c in same.plan()] == ["kept"], "what a paper says changes no number"
+
+
+def test_what_fails_and_what_is_absent_is_recorded_and_stops_nothing(root, tmp_path, short):
+    absent = RANDOM.replace('"toy"', '"./nowhere"')
+    deep = RANDOM.replace("convnet-w4", "convnet-w4-d9").replace("ipc = 2", "ipc = 3")
+    many = RANDOM.replace("ipc = 2", "ipc = 99")
+    work = bench_of(tmp_path, HEAD + absent + deep + many + RANDOM)
+    assert work.run(work.plan()) == {"absent": 1, "failed": 2, "done": 1}
+    found = records(tmp_path)
+    assert "--ipc 99 is more than" in found["performance/toy/random/99"]["reason"]
+    assert found["performance/toy/random/3"]["reason"] and found["performance/toy/random/2"]["reason"] == ""
+    assert work.run(work.plan()) == {"absent": 1, "failed": 2, "kept": 1}, "failed cells are tried again"
+
+
+def test_an_unexpected_error_and_a_lack_of_memory_have_their_own_words(root, tmp_path, short, monkeypatch):
+    def fail(error):
+        def set_(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(Judge, "set", set_)
+
+    work = bench_of(tmp_path, HEAD + RANDOM)
+    fail(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"))
+    assert work.run(work.plan()) == {"out of memory": 1}
+    fail(RuntimeError("shapes differ"))
+    assert work.run(work.plan()) == {"failed": 1}
+    assert records(tmp_path)["performance/toy/random/2"]["reason"] == "RuntimeError: shapes differ"
+    fail(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        work.run(work.plan())
+
+
+def test_an_interrupted_cell_goes_on_with_the_numbers_that_it_has(root, tmp_path, short, monkeypatch):
+    work, judge, calls = bench_of(tmp_path, HEAD + DM), Judge.judge, []
+
+    def judged(self, name, *args, **kwargs):
+        calls.append(name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return judge(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(Judge, "judge", judged)
+    with pytest.raises(KeyboardInterrupt):
+        work.run(work.plan())
+    assert records(tmp_path)["performance/toy/dm/1"]["status"] == "running"
+    monkeypatch.setattr(cells_module, "distill", None)  # the set is there: nothing is distilled again
+    assert work.run(work.plan()) == {"done": 1}
+    assert len(calls) == 7 and len(records(tmp_path)["performance/toy/dm/1"]["results"]) == 6
+
+
+def test_another_process_keeps_a_cell_to_itself(root, tmp_path, short):
+    work = bench_of(tmp_path, HEAD + DM + RANDOM)
+    file = work.file(work.suites[0].rows[0], "performance").relative_to(tmp_path / "out")
+    place = tmp_path / "out" / "locks"
+    place.mkdir(parents=True)
+    with FileLock(place / f"{digest(str(file))}.lock"):
+        assert work.run(work.plan()) == {"done": 1, "in another process": 1}
+    assert work.run(work.plan()) == {"done": 1, "kept": 1}
+
+
+def test_a_budget_a_pattern_and_data_that_stand_for_others(root, tmp_path, short):
+    rows = DM.replace("steps = 4", "minutes = 2.0") + RANDOM.replace('"toy"', '"cifar10"')
+    work = bench_of(tmp_path, HEAD + rows, exchange={"cifar10": "toy"})
+    fates = [(c.row.cell, c.fate) for c in work.plan(budget=1.0)]
+    assert fates == [("toy/dm/1", "left out"), ("cifar10/random/2", "to do")]
+    assert [c.row.cell for c in work.plan("*/dm/*")] == ["toy/dm/1"] and work.plan("mnist/*") == []
+    text = planned(work.plan(budget=1.0))
+    assert "left out: beyond the budget" in text and "1 of 2 cells to do" in text
+    assert work.plan()[0].minutes >= 2
+    assert work.run(work.plan("cifar10/*")) == {"done": 1}
+    assert records(tmp_path)["performance/cifar10/random/2"]["data"] == "toy", "what they stand for names the cell only"
+
+
+def test_experts_are_recorded_once_and_shared(root, tmp_path, short, monkeypatch):
+    head = '[experts.e]\ndata = "toy"\nnetwork = "convnet-w4"\ncount = 1\nepochs = 3\nbatch = 16\n'
+    row = DM.replace('"dm"', '"mtt"').replace(
+        '{ "objective.real" = 4 }', '{ "objective.steps" = 2, "source.max_start" = 1 }'
+    )
+    row = row.replace('network = "convnet-w4"\n', 'network = "convnet-w4"\nexperts = "e"\n').replace('baselines = ["random", "k-means"]\n', "")  # fmt: skip
+    work = bench_of(tmp_path, HEAD + head + row + row.replace("ipc = 1", "ipc = 2"))
+    assert work.run(work.plan()) == {"done": 2}
+    assert len(list((tmp_path / "out" / "experts").iterdir())) == 1
+
+
+def test_a_set_of_the_zoo_is_taken_in_place_of_making_one(root, tmp_path, short, monkeypatch):
+    work = bench_of(tmp_path, HEAD + DM)
+    work.run(work.plan())
+    lies = tmp_path / "out" / "runs" / "performance" / "toy" / "dm" / "1" / "seed0"
+    monkeypatch.setattr(cells_module.places, "names", lambda: {"toy/dm/1": lies})
+    again = Benchmark(work.suites, Bench(tmp_path / "second"))
+    monkeypatch.setattr(cells_module, "distill", None)
+    assert again.run(again.plan()) == {"done": 1}
+    one, two = (json.loads((tmp_path / o / "cells/performance/toy/dm/1.json").read_text()) for o in ("out", "second"))
+    assert two["sets"][0]["path"] == "zoo:toy/dm/1" and two["sets"][0]["sha256"] == one["sets"][0]["sha256"]
+    assert [r["accuracies"] for r in one["results"]] == [r["accuracies"] for r in two["results"]]
+    alone = Benchmark(work.suites, Bench(tmp_path / "third", zoo=False))
+    assert alone.plan()[0].mark != again.plan()[0].mark
+
+
+def test_fairness_variants_use_hard_labels_and_no_augmentation(root, tmp_path, short):
+    row = RANDOM.replace('"random"', '"kip"').replace(
+        "ipc = 2", 'ipc = 2\nsteps = 3\nbaselines = ["random"]\nvariants = ["hard", "plain"]'
+    )
+    work = bench_of(tmp_path, HEAD + row.replace('"random"\n', '"random"\n'))
+    assert work.run(work.plan()) == {"done": 1}
+    rows = records(tmp_path)["performance/toy/kip/2"]["results"]
+    assert {(r["role"], r["variant"], r["labels"]) for r in rows} == {
+        ("set", "own", "centred"), ("random", "own", "hard"), ("set", "hard", "hard"), ("whole", "own", "hard"),
+        ("set", "plain", "centred"), ("random", "plain", "hard"),
+    }  # fmt: skip
+    own, plain = (
+        [r["protocol_hash"] for r in rows if r["variant"] == v and r["role"] == "set"] for v in ("own", "plain")
+    )
+    assert own != plain
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_killed_benchmark_ends_as_an_uninterrupted_one(root, tmp_path):
+    """Kill -9 inside the making of a set; started again it resumes there, to the same accuracies."""
+    text = HEAD + DM.replace("steps = 4", "steps = 40").replace(
+        'networks = ["convnet-w4", "mlp-w4"]', 'networks = ["mlp-w4"]'
+    )
+    (tmp_path / "k.toml").write_text(text)
+    command = [
+        sys.executable,
+        "-m",
+        "potstill",
+        "benchmark",
+        str(tmp_path / "k.toml"),
+        "--compile",
+        "off",
+        "--no-zoo",
+        "--out",
+    ]
+    running = subprocess.Popen([*command, str(tmp_path / "a")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    place, until = tmp_path / "a/runs/performance/toy/dm/1/seed0/checkpoint.safetensors", time.monotonic() + 120
+    while not place.exists() and running.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert place.exists() and not (tmp_path / "a/cells/performance/toy/dm/1.json").exists()
+    said = [
+        subprocess.run([*command, str(tmp_path / o)], capture_output=True, text=True, timeout=300, check=True)
+        for o in "ab"
+    ]
+    assert "resumed at step" in said[0].stdout and "resumed" not in said[1].stdout
+    one, two = (json.loads((tmp_path / o / "cells/performance/toy/dm/1.json").read_text()) for o in "ab")
+    assert [r["accuracies"] for r in one["results"]] == [r["accuracies"] for r in two["results"]]
+
+
+# cost
+
+
+def test_a_cost_cell_times_the_step_and_the_loss_within_it(root):
+    row = CostRow("dc", "toy", 2, network="convnet-w4", preset="small", repeats=3)
+    found = costs.measure(row, toy(), False, "auto")
+    assert found["status"] == "done" and len(found["times"]["step"]) == len(found["times"]["loss"]) == 3
+    assert found["step_seconds"] == sorted(found["times"]["step"])[1] > found["loss_seconds"] > 0
+    assert found["peak_bytes"] >= found["baseline_bytes"] > 0
+
+
+def test_experts_are_made_up_for_costs_and_s_goes_in_whole(root):
+    row = CostRow("mtt", "toy", 2, network="convnet-w4", preset="small", repeats=1, settings={"objective.steps": 2})
+    recipe = costs.recipe_of(row, toy())
+    assert recipe.objective.feed == "all" and costs.measure(row, toy(), False, "auto")["loss_seconds"] > 0
+    with pytest.raises(PotstillError, match="takes S whole"):
+        costs.recipe_of(CostRow("dm", "toy", 2, batch=4), toy())
+
+
+def test_a_cost_cell_in_its_own_process_and_what_ends_one(root, monkeypatch):
+    row = CostRow("dm", "toy", 1, network="convnet-w4", preset="small", repeats=1)
+    assert costs.in_own_process(row, "toy", root, False, "auto")["status"] == "done"
+    deep = CostRow("dm", "toy", 1, network="convnet-w4-d9", preset="small", repeats=1)
+    failed = costs.in_own_process(deep, "toy", root, False, "auto")
+    assert failed["status"] == "failed" and "too deep for 8 x 8" in failed["reason"]
+    quick = CostRow("dm", "toy", 1, network="convnet-w4", limit_seconds=0.01)
+    assert costs.in_own_process(quick, "toy", root, False, "auto") == {
+        "status": "out of time",
+        "reason": "longer than 0.01 s",
+    }
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(costs.subprocess, "run", lambda *a, **k: killed)
+    assert costs.in_own_process(row, "toy", root, False, "auto")["status"] == "out of memory"
+
+
+def test_running_out_of_memory_is_a_result(root, monkeypatch):
+    """In a process with less address space than the step needs."""
+    code = (
+        "import json, sys, resource, potstill.costs as c\n"
+        "c._limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (int(open('/proc/self/statm').read().split()[0]) * 4096 + 2**26,) * 2)\n"
+        "print(json.dumps(c._answer(json.load(sys.stdin))))"
+    )
+    request = {"row": {"method": "dm", "data": "toy", "ipc": 7, "network": "convnet-w2048", "preset": "small", "settings": {}},
+               "data": "toy", "root": str(root), "compile": False, "precision": "fp32", "device": "cpu"}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(request), capture_output=True, text=True, timeout=120
+    )
+    assert json.loads(done.stdout.splitlines()[-1])["status"] == "out of memory", done.stderr[-500:]
+
+
+def test_cost_cells_run_in_a_suite(root, tmp_path, monkeypatch):
+    row = '[[row]]\nmethod = "dm"\ndata = "toy"\nipc = 1\nnetwork = "convnet-w4"\nrepeats = 1\n'
+    work = bench_of(tmp_path, 'title = "c"\ntable = "cost"\n' + row + row.replace("ipc = 1", "ipc = 2"))
+    answers = iter([{"status": "done", "step_seconds": 0.5}, {"status": "out of time", "reason": "longer"}])
+    monkeypatch.setattr("potstill.benchmark.in_own_process", lambda *a: next(answers))
+    assert work.run(work.plan()) == {"done": 1, "out of time": 1}
+    found = records(tmp_path)
+    assert (
+        found["cost/toy/dm/1/plain"]["step_seconds"] == 0.5
+        and found["cost/toy/dm/1/plain"]["cell"] == "cost/toy/dm/1/plain"
+    )
+    assert found["cost/toy/dm/2/plain"]["step_seconds"] is None
+
+
+# for people
+
+
+def test_the_command(root, tmp_path, short, capsys):
+    (tmp_path / "mine.toml").write_text(HEAD + RANDOM)
+    place = ["benchmark", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "out")]
+    assert main([*place, "--plan"]) == 0 and "1 of 1 cells to do" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert main(place) == 0 and "1 done" in capsys.readouterr().out
+    for wrong, words in ((["--only", "x/*"], "keeps no cell"), (["--data", "cifar10"], "NAME=OTHER is needed")):
+        assert main([*place, *wrong]) == 2 and words in capsys.readouterr().err
+    assert main(["benchmark", "nothing"]) == 2 and "no benchmark 'nothing'" in capsys.readouterr().err
+
+
+def test_a_reason_names_no_path_of_this_machine(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    line = reason(PotstillError(f"no {root}/x nor {tmp_path}/y\nsecond line"))
+    assert line == "no $POTSTILL_DATA/x nor ~/y"

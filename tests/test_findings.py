@@ -1,0 +1,74 @@
+"""Findings: verdicts from numbers whose answer is known."""
+
+import pytest
+
+from potstill.errors import PotstillError
+from potstill.findings import Finding, judge, read
+
+
+def cell(values, network="convnet", chance=()):
+    rows = [{"role": "set", "variant": "own", "network": network, "accuracies": values, "labels": "hard"}]
+    rows += [{**rows[0], "role": "random", "accuracies": list(chance)}] if chance else []
+    return {"status": "done", "results": rows}
+
+
+def cost(status="done", **values):
+    return {"status": status, **values}
+
+
+CELLS = {
+    "d/a/1": cell([0.80, 0.81, 0.82], chance=[0.5, 0.6]),
+    "d/a/10": cell([0.90, 0.91, 0.92], chance=[0.8, 0.8]),
+    "d/b/1": cell([0.70, 0.71, 0.72]),
+    "d/c/1": cell([0.60, 0.81, 0.95]),
+    "transfer/d/a/1": cell([0.3, 0.31, 0.32], "mlp"),
+    "d/failed/1": {"status": "failed", "results": []},
+    "cost/d/a/1/plain": cost(step_seconds=1.0, loss_seconds=0.5, peak_bytes=2**30),
+    "cost/d/b/1/plain": cost(step_seconds=1.05, loss_seconds=0.9, peak_bytes=2**20),
+    "cost/d/c/1/plain": cost("out of memory", step_seconds=None),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "than", "factor", "verdict"),
+    [
+        ("accuracy", ["d/a/1"], "d/b/1", 1, "confirmed"),
+        ("accuracy", ["d/b/1"], "d/a/1", 1, "refuted"),
+        ("accuracy", ["d/c/1"], "d/b/1", 1, "not resolvable"),
+        ("accuracy", ["d/a/1", "d/c/1"], "d/b/1", 1, "not resolvable"),
+        ("accuracy", ["d/a/1", "transfer/d/a/1@mlp"], "d/b/1", 1, "refuted"),
+        ("accuracy", ["d/failed/1"], "d/b/1", 1, "not resolvable"),
+        ("accuracy", ["d/a/1@gain"], "d/a/10@gain", 1, "confirmed"),
+        ("accuracy", ["transfer/d/a/1@resnet18"], "d/b/1", 1, "not resolvable"),
+        ("seconds", ["cost/d/b/1/plain@step_seconds"], "cost/d/a/1/plain@step_seconds", 1, "not resolvable"),
+        ("seconds", ["cost/d/b/1/plain@loss_seconds"], "cost/d/a/1/plain@loss_seconds", 1, "confirmed"),
+        ("seconds", ["cost/d/b/1/plain@loss_seconds"], "cost/d/a/1/plain@loss_seconds", 3, "refuted"),
+        ("bytes", ["cost/d/a/1/plain@peak_bytes"], "cost/d/b/1/plain@peak_bytes", 100, "confirmed"),
+        ("bytes", ["cost/d/c/1/plain@peak_bytes"], "cost/d/a/1/plain@peak_bytes", 1, "confirmed"),
+        ("bytes", ["cost/d/c/1/plain@peak_bytes"], "cost/d/c/1/plain@peak_bytes", 1, "not resolvable"),
+        ("bytes", ["cost/d/none/1/plain@peak_bytes"], "cost/d/a/1/plain@peak_bytes", 1, "not resolvable"),
+    ],
+)
+def test_verdicts(kind, more, than, factor, verdict):
+    found = judge(Finding("n", "c", "s", kind, tuple(more), than, "command", factor=factor), CELLS)
+    assert found["verdict"] == verdict, found["numbers"]
+    assert ("not measured" in found["numbers"]) == any(
+        word in "".join([*more, than]) for word in ("none", "failed", "resnet18")
+    )
+
+
+def test_a_file_of_findings_and_what_may_be_wrong_in_it(tmp_path):
+    good = '[[finding]]\nname = "n"\nclaim = "c"\nsource = "s"\nkind = "bytes"\nmore = "a"\nthan = "b"\ncommand = "x"\n'
+    file = tmp_path / "f.toml"
+    file.write_text(good)
+    (found,) = read(file)
+    assert found.more == ("a",) and found.factor == 1
+    for text, words in (
+        (good.replace("bytes", "byte"), "no kind 'byte'; did you mean 'bytes'"),
+        (good + "colour = 1\n", "no field 'colour'"),
+        (good.replace('than = "b"\n', ""), "than is missing"),
+        ("[[finding", "cannot be read"),
+    ):
+        file.write_text(text)
+        with pytest.raises(PotstillError, match=words):
+            read(file)
