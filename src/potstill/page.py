@@ -205,7 +205,9 @@ def performance(cells: Iterable[Cell]) -> list[Group]:
             fits.sort(key=lambda k: (any(o.data == e.data and o.hash for o in found[k]), len(found[k])), reverse=True)
             found.setdefault(fits[0] if fits else (e.protocol, "", e.network), []).append(e)
     groups = [Group(*key, entries=tuple(found[key])) for key in found]
-    return sorted(groups, key=lambda g: (not any(e.competes for e in g.entries), -len(g.entries), g.protocol))
+    return sorted(
+        groups, key=lambda g: (not g.hash, not any(e.competes for e in g.entries), -len(g.entries), g.protocol)
+    )
 
 
 def transfer(cells: Iterable[Cell]) -> list[Group]:
