@@ -15,7 +15,7 @@ from typing import Any
 from . import __version__
 from .errors import PotstillError, Stopped, unknown
 
-COMMANDS = ("distill", "evaluate", "experts", "benchmark", "export", "list", "show", "cite")
+COMMANDS = ("distill", "evaluate", "experts", "benchmark", "export", "report", "list", "show", "cite")
 
 
 class Parser(argparse.ArgumentParser):
@@ -147,6 +147,10 @@ def parser() -> Parser:
     x.add_argument("--to", required=True, help="png, npz or parquet")
     x.add_argument("--out", required=True, type=Path, metavar="PATH", help="a new folder; or a new .npz or .parquet")
 
+    r = add("report", "A benchmark's page, from its records: tables, plots and the sets as pictures.")
+    r.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="what `potstill benchmark` has written")
+    r.add_argument("--out", required=True, type=Path, metavar="FILE", help="a .html, .md or .csv")
+
     s = add("list", "What there is.")
     s.add_argument("what", help="methods, datasets, networks, protocols or zoo")
     s = add("show", "A method's recipe as TOML, which --recipe reads.")
@@ -267,6 +271,12 @@ def _export(args: argparse.Namespace) -> None:
     print(export_set(args.set, args.to, args.out))
 
 
+def _report(args: argparse.Namespace) -> None:
+    from .publish import publish
+
+    print(publish(args.folders, args.out))
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Results for people: percent, mean and standard deviation."""
     lines = [("set", "images", "network", "protocol", "accuracy", "networks")]
@@ -333,9 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a GPU's tools on a CPU's machine
     try:
         args = parser().parse_args(arguments)
-        dict(zip(COMMANDS, (_distill, _evaluate, _experts, _benchmark, _export, _list, _show, _cite), strict=True))[
-            args.command
-        ](args)
+        commands = (_distill, _evaluate, _experts, _benchmark, _export, _report, _list, _show, _cite)
+        dict(zip(COMMANDS, commands, strict=True))[args.command](args)
         sys.stdout.flush()
         return 0
     except PotstillError as error:

@@ -47,13 +47,13 @@ def grid(
     Raises:
         PotstillError: For arrays of another shape or of integers, and counts that do not match.
     """
-    count, limits = len(images), _limits([images])
+    count, limits = len(images), extent([images])
     if count == 0 or (rows is not None and (rows < 1 or count % rows)):
         raise PotstillError(f"rows={rows} does not divide {count} images; every class needs as many, at least 1")
     if labels is not None and len(labels) != (rows or count):
         raise PotstillError(f"labels has {len(labels)} names; {rows or count} are needed")
     labels = [" ".join(label.split()) for label in labels or []]
-    height, width, *colours = _pixels(images[:1], limits).shape[1:]
+    height, width, *colours = pixels(images[:1], limits).shape[1:]
     font, line = ImageFont.load_default(12), 16
     margin = min(160, int(max(map(font.getlength, labels))) + 10) if rows and labels else 0
     below, square = line if labels and not rows else 0, math.ceil(math.sqrt(count))
@@ -70,7 +70,7 @@ def grid(
         row, column = divmod(k, columns if rows else shown)
         x, y = margin + pad + column * (wide + pad), pad + row * (high + below + pad)
         if column < shown and not np.isnan(images[k]).all():
-            tile = Image.fromarray(_pixels(images[k : k + 1], limits)[0])
+            tile = Image.fromarray(pixels(images[k : k + 1], limits)[0])
             picture.paste(tile.resize((wide, high), Image.Resampling.NEAREST), (x, y))
         if below and labels:
             draw.text((x, y + high + 1), _fit(labels[k], font, wide), fill="black", font=font)
@@ -124,7 +124,7 @@ def run_page(
     """
     names, members = _classes(record, groups)
     first = min(10, max(1, 200 // max(1, len(members))))
-    limits = _limits([images, *(e for _, e in evolution), *([] if random_images is None else [random_images])])
+    limits = extent([images, *(e for _, e in evolution), *([] if random_images is None else [random_images])])
     picked = sorted({round(i) for i in np.linspace(0, len(evolution) - 1, 12)}) if evolution else []
     looks = [(look["step"], look["accuracy"]) for look in record.get("looks") or []]
     charts = _chart("Loss", record.get("curve") or []), _chart("Held-out accuracy", looks, percent=True)
@@ -149,7 +149,7 @@ def run_page(
     return room.get_template("run.html.j2").render(context)
 
 
-def _pixels(images: Array, limits: tuple[float, float]) -> Array:
+def pixels(images: Array, limits: tuple[float, float]) -> Array:
     """Images or vectors as uint8 (N, H, W), or (N, H, W, 3) for three channels."""
     if images.ndim not in (2, 4) or 0 in images.shape[1:] or not np.issubdtype(images.dtype, np.floating):
         raise PotstillError(f"images is {images.dtype} {images.shape}; floats (N, C, H, W) or (N, F) can be drawn")
@@ -165,7 +165,7 @@ def _pixels(images: Array, limits: tuple[float, float]) -> Array:
     return x[:, 0] if x.shape[1] == 1 else np.ascontiguousarray(x.transpose(0, 2, 3, 1))
 
 
-def _limits(arrays: Iterable[Array]) -> tuple[float, float]:
+def extent(arrays: Iterable[Array]) -> tuple[float, float]:
     """The lowest and the highest finite value."""
     finite = [a[np.isfinite(a)] for a in map(np.asarray, arrays)]
     ends = [f(a) for a in finite if a.size for f in (np.min, np.max)] or [0.0, 1.0]
@@ -175,7 +175,7 @@ def _limits(arrays: Iterable[Array]) -> tuple[float, float]:
 def _tiles(images: Array, limits: tuple[float, float]) -> list[Record]:
     """Each image as a small PNG in a data: URI, with its size."""
     tiles = []
-    for picture in map(Image.fromarray, _pixels(images, limits)):
+    for picture in map(Image.fromarray, pixels(images, limits)):
         picture.thumbnail((128, 128), Image.Resampling.BOX)
         uri = f"data:image/png;base64,{base64.b64encode(png_bytes(picture)).decode()}"
         tiles.append({"uri": uri, "width": picture.width, "height": picture.height})
