@@ -19,6 +19,7 @@ from .experts import record as record_experts
 from .judge import Judge, Result, protocol_of
 from .loop import distill
 from .networks import network as build_network
+from .objectives import ByGroup
 from .recipe import find
 from .records import digest, read_json, write_json
 from .rows import WHOLE, CostRow, Recording, Row, Suite
@@ -26,6 +27,7 @@ from .students import is_kernel
 from .training import Trainer
 
 Record = dict[str, Any]
+CALL = 4e-3  # seconds that a training step of the smallest network takes, for estimates
 ZOO = "zoo:"  # before the name of a set that lies in the zoo and not in the results folder
 
 
@@ -37,20 +39,25 @@ def minutes(row: Row | CostRow, data: Data) -> float:
     """
     if isinstance(row, CostRow):
         return min(row.limit_seconds, 30.0) / 60
-    images, work = data.task.classes * row.ipc, 0.0
+    images, seconds = data.task.classes * row.ipc, 0.0
     for name in row.networks:
         if is_kernel(name) or row.method == WHOLE:
             continue
         net, protocol = build_network(name, data.shape, data.task.outputs), protocol_of(row.protocol)
-        one = Trainer(net, replace(protocol, lr=protocol.lr or 1.0), data.task, False, "cpu").flops(images)
+        trainer = Trainer(net, replace(protocol, lr=protocol.lr or 1.0), data.task, False, "cpu")
         more = len(row.baselines) + ("hard" in row.variants) + 2 * ("plain" in row.variants)
-        work += one * row.repeats * (len(row.seeds) + more)
+        one = max(trainer.flops(images) / EAGER_FLOPS, CALL * trainer.steps(images) / trainer.together)
+        seconds += one * row.repeats * (len(row.seeds) + more)
     if row.steps and row.method != WHOLE:
         recipe = find(row.method, row.preset, row.ipc)
-        net = build_network(row.network or recipe.network, data.shape, data.task.outputs)
-        real = data.task.classes * int(getattr(recipe.objective, "real", 64))
-        work += 3 * sample_flops(net) * (real + images) * row.steps * len(row.seeds)
-    return row.minutes * len(row.seeds) + work / EAGER_FLOPS / 60
+        objective, work = recipe.objective, 0.0
+        if objective is not None and objective.needs.network:
+            net = build_network(row.network or recipe.network, data.shape, data.task.outputs)
+            real = getattr(objective.needs.real, "count", 0)
+            groups = data.task.classes if isinstance(objective.needs.real, ByGroup) else 1
+            work = 3 * sample_flops(net) * (real * groups + images)
+        seconds += max(work / EAGER_FLOPS, 10 * CALL) * row.steps * len(row.seeds)
+    return row.minutes * len(row.seeds) + seconds / 60
 
 
 def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -> Record:
