@@ -442,6 +442,16 @@ def test_the_gallery_shows_the_set_and_how_it_came_about(tmp_path: Path) -> None
     assert len(small["dc"].steps) == 1 and len(small["dm"].steps) < 3
 
 
+def test_the_gallery_finds_sets_of_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, unknown = cell("dc"), cell("dm")
+    taken["sets"][0]["path"], unknown["sets"][0]["path"] = "zoo:digits/dc/1", "zoo:../../digits/dc/1"
+    with_set(tmp_path / "own", "digits/dc/1")
+    monkeypatch.setenv("POTSTILL_ZOO", str(tmp_path / "own"))
+    results = folder_of(tmp_path / "results", [taken, unknown])
+    entries = [e for g in performance(collect([results])[0]) for e in g.entries]
+    assert [c.entry.method for c in cards(entries)] == ["dc"]
+
+
 def test_sets_that_cannot_be_read_leave_the_numbers(tmp_path: Path) -> None:
     outside = cell("dc")
     outside["sets"][0]["path"] = "../elsewhere"

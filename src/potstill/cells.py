@@ -28,7 +28,6 @@ from .training import Trainer
 
 Record = dict[str, Any]
 CALL = 4e-3  # seconds that a training step of the smallest network takes, for estimates
-ZOO = "zoo:"  # before the name of a set that lies in the zoo and not in the results folder
 
 
 def minutes(row: Row | CostRow, data: Data) -> float:
@@ -123,7 +122,7 @@ def made(bench: Bench, suite: Suite, row: Row, record: Record, seed: int, data: 
     """The row's set of a seed: as the record has it, from its run's last checkpoint, or from the start."""
     lies = in_zoo(bench, row, data)
     if lies is not None and seed == row.seeds[0]:
-        _enter(record, seed, f"{ZOO}{data.slug}/{row.method}/{row.ipc}", read_json(lies / "record.json"))
+        _enter(record, seed, f"{places.IN_ZOO}{data.slug}/{row.method}/{row.ipc}", read_json(lies / "record.json"))
         return load(lies)
     place = f"runs/{suite.table}/{row.cell}/seed{seed}"
     folder = bench.out / place

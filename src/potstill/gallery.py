@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from . import places
 from .errors import PotstillError
 from .layout import percent
 from .page import Entry
@@ -83,9 +84,8 @@ def cards(entries: Sequence[Entry], total: int = BYTES) -> list[Card]:
 def pictures(entry: Entry) -> Pictures | None:
     """The first set of an entry, if it is there; no path leads out of the results folder."""
     sets = entry.record.get("sets") or []
-    path = str(sets[0].get("path") or "") if sets else ""
-    folder = (entry.folder / path).resolve()
-    if not path or not folder.is_relative_to(entry.folder.resolve()) or not (folder / "set.safetensors").is_file():
+    folder = _place(entry, str(sets[0].get("path") or "")) if sets else None
+    if folder is None or not (folder / "set.safetensors").is_file():
         return None
     from .exchange import load
 
@@ -101,6 +101,14 @@ def pictures(entry: Entry) -> Pictures | None:
     by_class = tuple(images[starts[g] : starts[g + 1]] for g in there)
     kept = _evolution(folder / "snapshots.safetensors", [counts[g] for g in there], images)
     return Pictures(names, by_class, tuple((s, x) for s, x in kept if s < set_.meta.steps), set_.meta.steps)
+
+
+def _place(entry: Entry, path: str) -> Path | None:
+    """The folder of a set: below the results folder, or that of its name in the zoo."""
+    if path.startswith(places.IN_ZOO):
+        return places.names().get(path.removeprefix(places.IN_ZOO))
+    folder = (entry.folder / path).resolve()
+    return folder if path and folder.is_relative_to(entry.folder.resolve()) else None
 
 
 def _evolution(file: Path, counts: Sequence[int], images: Array) -> tuple[tuple[int, Array], ...]:
