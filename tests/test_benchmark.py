@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,21 @@ def test_an_interrupted_cell_goes_on_with_the_numbers_that_it_has(root, tmp_path
     monkeypatch.setattr(cells_module, "distill", None)  # the set is there: nothing is distilled again
     assert work.run(work.plan()) == {"done": 1}
     assert len(calls) == 7 and len(records(tmp_path)["performance/toy/dm/1"]["results"]) == 6
+
+
+def test_numbers_of_a_set_that_is_gone_go_with_it(root, tmp_path, short, monkeypatch):
+    work = bench_of(tmp_path, HEAD + DM)
+    work.run(work.plan())
+    file = tmp_path / "out/cells/performance/toy/dm/1.json"
+    record = json.loads(file.read_text())
+    record["status"], record["sets"][0]["sha256"] = "running", "of another set"
+    for row in record["results"]:
+        row["accuracies"] = [-1.0]
+    file.write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "out/runs")
+    assert work.run(work.plan()) == {"done": 1}
+    rows = json.loads(file.read_text())["results"]
+    assert len(rows) == 6 and all(min(r["accuracies"]) >= 0 for r in rows)
 
 
 def test_another_process_keeps_a_cell_to_itself(root, tmp_path, short):

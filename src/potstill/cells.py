@@ -61,16 +61,15 @@ def minutes(row: Row | CostRow, data: Data) -> float:
 
 def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -> Record:
     """Make the sets, judge each in every way that the row asks for; after each number the record is on disk."""
-    data = bench.data(row.data)
-    done = {(r["seed"], r["role"], r["variant"], r["network"]) for r in record["results"]}
+    data, results = bench.data(row.data), record["results"]
 
     def keep(seed: int, role: str, variant: str, network: str, judge: Callable[[], Result | None]) -> None:
-        if (seed, role, variant, network) in done:
+        if any((r["seed"], r["role"], r["variant"], r["network"]) == (seed, role, variant, network) for r in results):
             return
         result = judge()
         if result is None:  # such as the whole set for a kernel; the judge has said why
             return
-        record["results"].append(asdict(result) | {"seed": seed, "role": role, "variant": variant})
+        results.append(asdict(result) | {"seed": seed, "role": role, "variant": variant})
         write_json(file, record)
 
     judge = bench.judge(data, row.protocol, row.repeats)
