@@ -20,7 +20,7 @@ from potstill import costs, still
 from potstill.bench import Bench
 from potstill.benchmark import Benchmark, planned, reason
 from potstill.cli import main
-from potstill.errors import PotstillError
+from potstill.errors import PotstillError, Unwritable
 from potstill.exchange import load
 from potstill.judge import Judge
 from potstill.records import digest
@@ -119,8 +119,8 @@ def test_all_mistakes_of_all_rows_are_told_at_once(tmp_path):
 
 
 def test_a_name_stands_for_its_file_and_its_parts_and_an_unknown_one_for_none(tmp_path):
-    for name in ("quick", "quick-two", "other"):
-        (tmp_path / f"{name}.toml").write_text(HEAD + RANDOM)
+    for i, name in enumerate(("quick", "quick-two", "other"), 1):
+        (tmp_path / f"{name}.toml").write_text(HEAD + RANDOM.replace("ipc = 2", f"ipc = {i}"))
     assert [s.name for s in suites("quick", [tmp_path])] == ["quick", "quick-two"]
     assert [s.name for s in suites(str(tmp_path / "other.toml"), [])] == ["other"]
     with pytest.raises(PotstillError, match="no benchmark 'quik'; did you mean 'quick'"):
@@ -130,6 +130,16 @@ def test_a_name_stands_for_its_file_and_its_parts_and_an_unknown_one_for_none(tm
     (tmp_path / "torn.toml").write_text("title = ")
     with pytest.raises(PotstillError, match=r"torn.toml cannot be read"):
         suites(str(tmp_path / "torn.toml"), [])
+
+
+def test_what_is_no_table_and_cells_of_two_files(tmp_path):
+    (tmp_path / "a.toml").write_text("experts = 3\n" + HEAD + RANDOM.replace('"toy"', '""'))
+    with pytest.raises(PotstillError, match=r"experts are no tables \[experts.NAME\]\n.*data is empty"):
+        suites("a", [tmp_path])
+    for name in ("b", "b-more"):
+        (tmp_path / f"{name}.toml").write_text(HEAD + RANDOM)
+    with pytest.raises(PotstillError, match=r"b-more.toml: a row for toy/random/2, as in b.toml"):
+        suites("b", [tmp_path])
 
 
 # cells
@@ -170,6 +180,85 @@ def test_a_cell_is_measured_again_when_its_row_changes_and_its_set_kept_when_onl
     assert [c.fate for c in same.plan()] == ["kept"], "what a paper says changes no number"
 
 
+def test_another_length_is_another_set_and_the_old_one_is_found_again(root, tmp_path, short, monkeypatch):
+    """A finished run of other minutes would resume without complaint: nothing that makes a set may find another's."""
+    short_, long = DM.replace("steps = 4", "minutes = 0.01"), DM.replace("steps = 4", "minutes = 0.02")
+    sets = []
+    for text in (short_, long, short_):
+        work = bench_of(tmp_path, HEAD + text)
+        assert work.run(work.plan()) == {"done": 1}
+        sets.append(records(tmp_path)["performance/toy/dm/1"]["sets"][0])
+    assert sets[0]["path"] != sets[1]["path"]
+    assert [sets[2][k] for k in ("path", "sha256")] == [sets[0][k] for k in ("path", "sha256")]
+    more = bench_of(tmp_path, HEAD + short_.replace("repeats = 2", "repeats = 3"))
+    assert more.run(more.plan()) == {"done": 1}
+    assert records(tmp_path)["performance/toy/dm/1"]["sets"][0]["sha256"] == sets[0]["sha256"], "judging changes no set"
+
+
+def test_numbers_of_a_set_that_has_gone_are_not_those_of_another(root, tmp_path, short):
+    work = bench_of(tmp_path, HEAD + DM)
+    work.run(work.plan())
+    file = tmp_path / "out" / "cells" / "performance" / "toy" / "dm" / "1.json"
+    whole = json.loads(file.read_text())
+    torn = {**whole, "status": "running", "sets": [{**whole["sets"][0], "sha256": "0" * 64}]}
+    torn["results"] = [{**r, "accuracies": [0.0, 0.0]} for r in whole["results"][:3]]
+    file.write_text(json.dumps(torn))
+    assert work.run(work.plan()) == {"done": 1}
+    again = json.loads(file.read_text())
+    assert [r["accuracies"] for r in again["results"]] == [r["accuracies"] for r in whole["results"]]
+
+
+def test_a_full_disk_does_not_cost_what_is_there(root, tmp_path, short, monkeypatch):
+    work, calls = bench_of(tmp_path, HEAD + DM), []
+    work.run(work.plan())
+    (tmp_path / "out" / "cells" / "performance" / "toy" / "dm" / "1.json").unlink()
+
+    def full(*args, **options):
+        calls.append(options.get("force", False))
+        raise Unwritable("no room")
+
+    monkeypatch.setattr(cells_module, "distill", full)
+    assert work.run(work.plan()) == {"failed": 1} and calls == [False]
+
+
+def test_data_that_have_gone_leave_their_records(root, tmp_path, short):
+    work = bench_of(tmp_path, HEAD + RANDOM)
+    work.run(work.plan())
+    before = records(tmp_path)
+    (root / "toy.npz").rename(root / "away.npz")
+    later = Benchmark(work.suites, Bench(tmp_path / "out"))
+    assert later.run(later.plan()) == {"absent": 1} and records(tmp_path) == before
+
+
+def test_what_device_and_precision_change_is_measured_again(root, tmp_path):
+    work = bench_of(tmp_path, HEAD + RANDOM)
+    marks = {Benchmark(work.suites, Bench(tmp_path / "out", precision=p, compile=c)).plan()[0].mark for p in ("auto", "bf16") for c in ("auto", "off")}  # fmt: skip
+    assert len(marks) == 2, "compiling changes no accuracy"
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{", '{"inputs": "MARK"}'])
+def test_a_damaged_record_is_measured_again(root, tmp_path, short, content):
+    work = bench_of(tmp_path, HEAD + RANDOM)
+    file = work.file(work.suites[0].rows[0], "performance")
+    file.parent.mkdir(parents=True)
+    file.write_text(content.replace("MARK", work.plan()[0].mark))
+    with pytest.raises(PotstillError, match=r"2\.json is no"):
+        work.judge_findings(tmp_path / "none.toml")
+    assert work.run(work.plan()) == {"done": 1}
+
+
+def test_data_may_be_a_path_and_records_stay_in_their_folder(root, tmp_path, short):
+    for name in (str(root / "toy.npz"), "../toy.npz"):
+        work = bench_of(tmp_path, HEAD + RANDOM.replace('"toy"', f'"{name}"'))
+        (tmp_path / "out").mkdir(exist_ok=True)
+        file = work.file(work.suites[0].rows[0], "performance")
+        assert file.resolve().is_relative_to(tmp_path / "out" / "cells" / "performance")
+    work = bench_of(tmp_path, HEAD + RANDOM.replace('"toy"', f'"{root}/toy.npz"'))
+    assert work.run(work.plan()) == {"done": 1}
+    (found,) = records(tmp_path).values()
+    assert found["data"] == "$POTSTILL_DATA/toy.npz"
+
+
 def test_what_fails_and_what_is_absent_is_recorded_and_stops_nothing(root, tmp_path, short):
     absent = RANDOM.replace('"toy"', '"./nowhere"')
     deep = RANDOM.replace("convnet-w4", "convnet-w4-d9").replace("ipc = 2", "ipc = 3")
@@ -195,6 +284,8 @@ def test_an_unexpected_error_and_a_lack_of_memory_have_their_own_words(root, tmp
     fail(RuntimeError("shapes differ"))
     assert work.run(work.plan()) == {"failed": 1}
     assert records(tmp_path)["performance/toy/random/2"]["reason"] == "RuntimeError: shapes differ"
+    fail(ValueError("not a PotstillError"))
+    assert work.run(work.plan()) == {"failed": 1}
     fail(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         work.run(work.plan())
@@ -270,7 +361,7 @@ def test_experts_are_recorded_once_and_shared(root, tmp_path, short, monkeypatch
 def test_a_set_of_the_zoo_is_taken_in_place_of_making_one(root, tmp_path, short, monkeypatch):
     work = bench_of(tmp_path, HEAD + DM)
     work.run(work.plan())
-    lies = tmp_path / "out" / "runs" / "performance" / "toy" / "dm" / "1" / "seed0"
+    lies = tmp_path / "out" / records(tmp_path)["performance/toy/dm/1"]["sets"][0]["path"]
     monkeypatch.setattr(cells_module.places, "names", lambda: {"toy/dm/1": lies})
     again = Benchmark(work.suites, Bench(tmp_path / "second"))
     monkeypatch.setattr(cells_module, "distill", None)
@@ -280,6 +371,9 @@ def test_a_set_of_the_zoo_is_taken_in_place_of_making_one(root, tmp_path, short,
     assert [r["accuracies"] for r in one["results"]] == [r["accuracies"] for r in two["results"]]
     alone = Benchmark(work.suites, Bench(tmp_path / "third", zoo=False))
     assert alone.plan()[0].mark != again.plan()[0].mark
+    assert again.plan()[0].minutes < alone.plan()[0].minutes, "a set that is there takes no time"
+    (lies / "record.json").unlink()
+    assert again.plan()[0].mark == alone.plan()[0].mark, "a set of which nothing is known is not taken"
 
 
 def test_fairness_variants_use_hard_labels_and_no_augmentation(root, tmp_path, short):
@@ -318,12 +412,12 @@ def test_a_killed_benchmark_ends_as_an_uninterrupted_one(root, tmp_path):
         "--out",
     ]
     running = subprocess.Popen([*command, str(tmp_path / "a")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    place, until = tmp_path / "a/runs/performance/toy/dm/1/seed0/checkpoint.safetensors", time.monotonic() + 120
-    while not place.exists() and running.poll() is None and time.monotonic() < until:
+    cell, until = tmp_path / "a/runs/performance/toy/dm/1", time.monotonic() + 120
+    while not list(cell.glob("*/checkpoint.safetensors")) and running.poll() is None and time.monotonic() < until:
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    assert place.exists() and not (tmp_path / "a/cells/performance/toy/dm/1.json").exists()
+    assert list(cell.iterdir()) and not (tmp_path / "a/cells/performance/toy/dm/1.json").exists()
     said = [
         subprocess.run([*command, str(tmp_path / o)], capture_output=True, text=True, timeout=300, check=True)
         for o in "ab"
@@ -406,8 +500,23 @@ def test_the_command(root, tmp_path, short, capsys):
     assert main([*place, "--plan"]) == 0 and "1 of 1 cells to do" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert main(place) == 0 and "1 done" in capsys.readouterr().out
-    for wrong, words in ((["--only", "x/*"], "keeps no cell"), (["--data", "cifar10"], "NAME=OTHER is needed")):
+    (tmp_path / "file").touch()
+    for wrong, words in (
+        (["--only", "x/*"], "keeps no cell"),
+        (["--data", "cifar10"], "NAME=OTHER is needed"),
+        (["--data", "tpy=toy"], "no data of a row 'tpy'; did you mean 'toy'"),
+        (["--minutes", "nan"], "--minutes nan is not a time"),
+        (["--minutes", "-1"], "--minutes -1 is not a time"),
+        (["--out", str(tmp_path / "file")], "is a file; a folder is needed"),
+        (["--out", str(tmp_path / "file" / "below")], "cannot be made"),
+        (["--compile", "of"], "did you mean 'off'"),
+        (["--precision", "fp23"], "did you mean 'fp32'"),
+        (["--device", "gpu"], "--device 'gpu' is not usable here"),
+    ):
         assert main([*place, *wrong]) == 2 and words in capsys.readouterr().err
+    assert (
+        records(tmp_path)["performance/toy/random/2"]["command"] == "potstill benchmark mine.toml --only toy/random/2"
+    )
     assert main(["benchmark", "nothing"]) == 2 and "no benchmark 'nothing'" in capsys.readouterr().err
 
 

@@ -17,15 +17,16 @@ def cost(status="done", **values):
 
 
 CELLS = {
-    "d/a/1": cell([0.80, 0.81, 0.82], chance=[0.5, 0.6]),
-    "d/a/10": cell([0.90, 0.91, 0.92], chance=[0.8, 0.8]),
-    "d/b/1": cell([0.70, 0.71, 0.72]),
+    "d/a/1": cell([0.80, 0.81, 0.82], chance=[0.5, 0.51, 0.52]),
+    "d/a/10": cell([0.90, 0.91, 0.92], chance=[0.8, 0.8, 0.81]),
+    "d/b/1": cell([0.70, 0.71, 0.72], chance=[0.2, 0.45, 0.7]),
     "d/c/1": cell([0.60, 0.81, 0.95]),
     "transfer/d/a/1": cell([0.3, 0.31, 0.32], "mlp"),
     "d/failed/1": {"status": "failed", "results": []},
     "cost/d/a/1/plain": cost(step_seconds=1.0, loss_seconds=0.5, peak_bytes=2**30),
     "cost/d/b/1/plain": cost(step_seconds=1.05, loss_seconds=0.9, peak_bytes=2**20),
     "cost/d/c/1/plain": cost("out of memory", step_seconds=None),
+    "cost/d/e/1/plain": cost("out of time", step_seconds=None),
 }
 
 
@@ -39,6 +40,7 @@ CELLS = {
         ("accuracy", ["d/a/1", "transfer/d/a/1@mlp"], "d/b/1", 1, "refuted"),
         ("accuracy", ["d/failed/1"], "d/b/1", 1, "not resolvable"),
         ("accuracy", ["d/a/1@gain"], "d/a/10@gain", 1, "confirmed"),
+        ("accuracy", ["d/b/1@gain"], "d/a/10@gain", 1, "not resolvable"),  # random samples have a spread of their own
         ("accuracy", ["transfer/d/a/1@resnet18"], "d/b/1", 1, "not resolvable"),
         ("seconds", ["cost/d/b/1/plain@step_seconds"], "cost/d/a/1/plain@step_seconds", 1, "not resolvable"),
         ("seconds", ["cost/d/b/1/plain@loss_seconds"], "cost/d/a/1/plain@loss_seconds", 1, "confirmed"),
@@ -46,14 +48,18 @@ CELLS = {
         ("bytes", ["cost/d/a/1/plain@peak_bytes"], "cost/d/b/1/plain@peak_bytes", 100, "confirmed"),
         ("bytes", ["cost/d/c/1/plain@peak_bytes"], "cost/d/a/1/plain@peak_bytes", 1, "confirmed"),
         ("bytes", ["cost/d/c/1/plain@peak_bytes"], "cost/d/c/1/plain@peak_bytes", 1, "not resolvable"),
+        ("bytes", ["cost/d/e/1/plain@peak_bytes"], "cost/d/a/1/plain@peak_bytes", 1, "not resolvable"),
+        ("seconds", ["cost/d/e/1/plain@step_seconds"], "cost/d/a/1/plain@step_seconds", 1, "confirmed"),
+        ("seconds", ["cost/d/c/1/plain@step_seconds"], "cost/d/a/1/plain@step_seconds", 1, "not resolvable"),
         ("bytes", ["cost/d/none/1/plain@peak_bytes"], "cost/d/a/1/plain@peak_bytes", 1, "not resolvable"),
     ],
 )
 def test_verdicts(kind, more, than, factor, verdict):
     found = judge(Finding("n", "c", "s", kind, tuple(more), than, "command", factor=factor), CELLS)
     assert found["verdict"] == verdict, found["numbers"]
+    other = {"seconds": "/c/", "bytes": "/e/"}.get(kind, "failed")  # the limit that says nothing of these
     assert ("not measured" in found["numbers"]) == any(
-        word in "".join([*more, than]) for word in ("none", "failed", "resnet18")
+        word in "".join([*more, than]) for word in ("none", "failed", "resnet18", other)
     )
 
 

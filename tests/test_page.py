@@ -383,6 +383,28 @@ def test_two_suites_do_not_share_a_place(tmp_path: Path) -> None:
     assert [row[:2] for row in rows] == [["dc", "50.0 ± 1.0"], ["dm quick", "40.0 ± 1.0"], ["dm long", "60.0 ± 1.0"]]
 
 
+def test_a_row_with_a_name_is_no_point_of_its_methods_line(tmp_path: Path) -> None:
+    more = {"table": "transfer", "row": {"networks": ["convnet", "mlp"]}}
+    plain, part = cell("dm", 10, **more), cell("dm", 10, **more, cell="digits/dm-none/10")
+    part["row"] = {**part["row"], "name": "dm-none"}
+    for record, start in ((plain, 0.6), (part, 0.2)):
+        record["results"] = [result([start, start], network=n) for n in ("convnet", "mlp")]
+    alone = cell("dd", row={"name": "dd-bare"}, cell="digits/dd-bare/1")
+    page = written(tmp_path, [plain, part, alone])
+    heat = next(s for s in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+    assert "60.0" in heat and "20.0" not in heat
+    names = [row[0] for _, rows in tables(page) for row in rows]
+    assert {"dm", "dm dm-none", "dd dd-bare"} <= set(names)
+
+
+def test_sets_of_the_zoo_are_said_to_be(tmp_path: Path) -> None:
+    taken = cell("dm", row={"network": "convnet-w8"})
+    taken["sets"][0] |= {"path": "zoo:digits/dm/1", "network": "convnet-w99"}
+    page = written(tmp_path, [taken, cell("dc")])
+    assert page.count("a set of the zoo, at the length and settings on its card") == 1
+    assert "made with convnet-w99" in page and "convnet-w8" not in page
+
+
 def test_strangers_words_stay_words(tmp_path: Path) -> None:
     bad = unmeasured(PLANTED, "failed", PLANTED, suite=PLANTED)
     worse = cell(PLANTED, data=PLANTED, command=PLANTED, cell="x/y/1", published={"accuracy": 0.5, "spread": None, "source": PLANTED, "mark": PLANTED})  # fmt: skip

@@ -72,6 +72,10 @@ def test_a_set_with_learned_labels_is_held_against_random_samples_with_a_teacher
     assert scores.gain({"results": rows[:2]}) == pytest.approx(0.2)
 
 
+def test_p_where_one_of_two_has_no_spread() -> None:
+    assert scores.p_value([0.5, 0.5, 0.5], [0.7, 0.71, 0.72]) < 0.01
+
+
 def test_p_is_that_of_scipy_from_summaries() -> None:
     a, b = [0.81, 0.82, 0.84], [0.78, 0.80, 0.79, 0.80]
     import statistics as s

@@ -7,7 +7,9 @@ were made of. Nothing in a record is an absolute path: the folder may be moved, 
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,9 +21,9 @@ from filelock import Timeout
 from . import findings
 from .bench import Bench
 from .cells import accuracy, in_zoo, minutes
-from .compiling import choose_compile, keep_memory
+from .compiling import PRECISIONS, check_device, choose_compile, keep_memory
 from .costs import in_own_process, out_of_memory
-from .errors import PotstillError, Stopped
+from .errors import PotstillError, Stopped, unknown
 from .judge import protocol_of
 from .records import digest, read_json, software, write_json
 from .rows import CostRow, Row, Suite
@@ -70,12 +72,29 @@ class Benchmark:
             return None
         try:
             found = read_json(file)
-            return dict(found) if found["inputs"] == cell.mark else None
+            return dict(found) if found["inputs"] == cell.mark and found["status"] else None
         except (PotstillError, KeyError, TypeError):
             return None  # damaged: measured again
 
     def plan(self, only: str | None = None, budget: float | None = None) -> list[Cell]:
-        """All cells that a pattern keeps, in order, each with its fate; a budget in minutes leaves out what does not fit."""
+        """All cells that a pattern keeps, in order, each with its fate; a budget in minutes leaves out what does not fit.
+
+        Raises:
+            PotstillError: A choice of the bench that does not exist, or a budget that is no time.
+        """
+        b = self.bench
+        check_device(b.device)
+        choose_compile(b.compile, 0.0, b.device)
+        if b.precision not in ("auto", *PRECISIONS):
+            raise unknown("precision", b.precision, ("auto", *PRECISIONS))
+        if budget is not None and not (math.isfinite(budget) and budget > 0):
+            raise PotstillError(f"--minutes {budget:g} is not a time; a number above 0 is needed")
+        if b.out.exists() and not b.out.is_dir():
+            raise PotstillError(f"--out {b.out} is a file; a folder is needed")
+        names = {row.data for suite in self.suites for row in suite.rows}
+        for name in b.exchange:
+            if name not in names:
+                raise unknown("data of a row", name, names)
         cells, left = [], budget
         for suite in self.suites:
             for row in suite.rows:
@@ -94,7 +113,10 @@ class Benchmark:
         found = {}
         for path in sorted((self.bench.out / "cells").rglob("*.json")):
             record = read_json(path)
-            found[("transfer/" if record["table"] == "transfer" else "") + record["cell"]] = record
+            try:
+                found[("transfer/" if record["table"] == "transfer" else "") + record["cell"]] = record
+            except (KeyError, TypeError) as error:
+                raise PotstillError(f"{path} is no record of a benchmark's cell") from error
         verdicts = findings.judge_all(findings.read(file), found)
         write_json(self.bench.out / "findings.json", verdicts)
         return verdicts
@@ -111,14 +133,18 @@ class Benchmark:
             return Cell(suite, row, 0.0, "", ABSENT, reason(error))
         plain = {k: v for k, v in asdict(row).items() if k != "published"}
         parts: list[Any] = [suite.table, plain, data.fingerprint]
+        lies = None
         if isinstance(row, Row):
             parts += [protocol_of(row.protocol).hash]
             parts += [asdict(suite.experts[row.experts])] if row.experts else []
             lies = in_zoo(self.bench, row, data)
             parts += [read_json(lies / "record.json")["set"]["sha256"]] if lies is not None else []
+        b = self.bench
+        chosen = (b.device, b.precision, b.compile if isinstance(row, CostRow) else "auto")
+        parts += [chosen] if chosen != ("cpu", "auto", "auto") else []
         mark = digest(parts)
         try:
-            took = minutes(row, data)
+            took = minutes(row, data, int(lies is not None))
         except PotstillError as error:
             return Cell(suite, row, 0.0, mark, TODO, reason(error))
         cell = Cell(suite, row, took, mark, TODO)
@@ -132,6 +158,10 @@ class Benchmark:
             How many cells met each fate.
         """
         keep_memory()
+        try:
+            self.bench.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PotstillError(f"--out {self.bench.out} cannot be made ({error.strerror})") from error
         fates: dict[str, int] = {}
         held = []
         for cell in cells:
@@ -153,6 +183,8 @@ class Benchmark:
                 found = self.kept(cell)
                 if found is not None and found["status"] == DONE:
                     return KEPT  # another process has made it since the plan
+                if cell.fate == ABSENT and self._measured(file):
+                    return ABSENT  # what was measured when the data were here stays
                 file.parent.mkdir(parents=True, exist_ok=True)
                 began = perf_counter()
                 head = self._head(cell, found)
@@ -167,6 +199,14 @@ class Benchmark:
             return OTHER
         self.bench.say(f"{name}: {record['status']}{self._words(record)}")
         return str(record["status"])
+
+    @staticmethod
+    def _measured(file: Path) -> bool:
+        """Whether a record says more than that data are absent."""
+        try:
+            return bool(read_json(file)["status"] != ABSENT)
+        except (PotstillError, KeyError, TypeError):
+            return False
 
     @staticmethod
     def _words(record: Record) -> str:
@@ -192,10 +232,10 @@ class Benchmark:
             "reason": "",
             "inputs": cell.mark,
             "method": row.method,
-            "data": self.bench.exchange.get(row.data, row.data),
+            "data": placeless(self.bench.exchange.get(row.data, row.data)),
             "ipc": row.ipc,
             "row": {k: v for k, v in asdict(row).items() if v not in ("", (), {}, None)},
-            "command": f"potstill benchmark {cell.suite.name} --only '{self.name(cell.suite, row)}'",
+            "command": self._command(cell),
             "seconds": 0.0,
             "software": software(self.bench.device),
         }
@@ -206,6 +246,13 @@ class Benchmark:
             record |= {k: found[k] for k in ("sets", "results", "seconds") if k in found}
         return record
 
+    def _command(self, cell: Cell) -> str:
+        """The command that runs the cell alone."""
+        name, b = cell.row.data, self.bench
+        parts = ["potstill", "benchmark", cell.suite.called, "--only", self.name(cell.suite, cell.row)]
+        parts += ["--data", f"{name}={b.exchange[name]}"] if name in b.exchange else []
+        return placeless(shlex.join([*parts, *([] if b.zoo or isinstance(cell.row, CostRow) else ["--no-zoo"])]))
+
     def _caught(self, cell: Cell, record: Record, file: Path) -> Record:
         try:
             if isinstance(cell.row, CostRow):
@@ -213,7 +260,8 @@ class Benchmark:
             return accuracy(self.bench, cell.suite, cell.row, record, file)
         except (PotstillError, Stopped) as error:
             return {**record, "status": FAILED, "reason": reason(error)}
-        except (MemoryError, RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError, OSError) as error:
+        except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError,
+                RuntimeError, SyntaxError, TypeError, ValueError) as error:  # fmt: skip
             if out_of_memory(error):
                 return {**record, "status": MEMORY, "reason": "more than this machine has"}
             return {**record, "status": FAILED, "reason": f"{type(error).__name__}: {reason(error)}"}
@@ -234,10 +282,14 @@ class Benchmark:
 
 def reason(error: BaseException) -> str:
     """An error in a line for a record: no path of this machine in it."""
-    line = next(iter(str(error).splitlines()), "")
+    return placeless(next(iter(str(error).splitlines()), ""))[:300]
+
+
+def placeless(line: str) -> str:
+    """A line without paths of this machine."""
     for place, name in ((os.environ.get("POTSTILL_DATA"), "$POTSTILL_DATA"), (str(Path.home()), "~")):
         line = line.replace(place, name) if place and place != "/" else line
-    return line[:300]
+    return line
 
 
 def planned(cells: Sequence[Cell]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,9 +12,10 @@ from typing import Any
 from . import places
 from .augment import Augment
 from .bench import Bench
+from .cards import record_of
 from .compiling import EAGER_FLOPS, sample_flops
 from .data import Data
-from .errors import PotstillError
+from .errors import PotstillError, Unwritable
 from .exchange import DistilledSet, load
 from .experts import record as record_experts
 from .judge import Judge, Result, protocol_of
@@ -30,15 +32,20 @@ Record = dict[str, Any]
 CALL = 4e-3  # seconds that a training step of the smallest network takes, for estimates
 
 
-def minutes(row: Row | CostRow, data: Data) -> float:
+def minutes(row: Row | CostRow, data: Data, there: int = 0) -> float:
     """An estimate of a cell's minutes, from the row's own budget and counted operations of training networks.
+
+    Args:
+        row: The row.
+        data: Its data.
+        there: Sets that need not be made.
 
     Raises:
         PotstillError: A network that does not fit the data.
     """
     if isinstance(row, CostRow):
         return min(row.limit_seconds, 30.0) / 60
-    images, seconds = data.task.classes * row.ipc, 0.0
+    images, seconds, sets = data.task.classes * row.ipc, 0.0, len(row.seeds) - there
     for name in row.networks:
         if is_kernel(name) or row.method == WHOLE:
             continue
@@ -55,8 +62,8 @@ def minutes(row: Row | CostRow, data: Data) -> float:
             real = getattr(objective.needs.real, "count", 0)
             groups = data.task.classes if isinstance(objective.needs.real, ByGroup) else 1
             work = 3 * sample_flops(net) * (real * groups + images)
-        seconds += max(work / EAGER_FLOPS, 10 * CALL) * row.steps * len(row.seeds)
-    return row.minutes * len(row.seeds) + seconds / 60
+        seconds += max(work / EAGER_FLOPS, 10 * CALL) * row.steps * sets
+    return row.minutes * sets + seconds / 60
 
 
 def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -> Record:
@@ -113,8 +120,12 @@ def _ways(
 
 
 def in_zoo(bench: Bench, row: Row, data: Data) -> Path | None:
-    """Where the zoo's set of a row lies, if there is one and the row is not an ablation with a name of its own."""
-    return places.names().get(f"{data.slug}/{row.method}/{row.ipc}") if bench.zoo and not row.name else None
+    """Where the zoo's set of a row lies, if there is one and the row is not an ablation with a name of its own.
+
+    A set without its own record beside it is not taken: what it cost is not known.
+    """
+    found = places.names().get(f"{data.slug}/{row.method}/{row.ipc}") if bench.zoo and not row.name else None
+    return found if found is not None and record_of(found) else None
 
 
 def made(bench: Bench, suite: Suite, row: Row, record: Record, seed: int, data: Data) -> DistilledSet:
@@ -123,9 +134,10 @@ def made(bench: Bench, suite: Suite, row: Row, record: Record, seed: int, data: 
     if lies is not None and seed == row.seeds[0]:
         _enter(record, seed, f"{places.IN_ZOO}{data.slug}/{row.method}/{row.ipc}", read_json(lies / "record.json"))
         return load(lies)
-    place = f"runs/{suite.table}/{row.cell}/seed{seed}"
+    recording = suite.experts[row.experts] if row.experts else None
+    place = f"runs/{suite.table}/{row.cell}/seed{seed}-{making(row, recording, data)}"
     folder = bench.out / place
-    if any(entry["seed"] == seed for entry in record["sets"]) and (folder / "set.safetensors").exists():
+    if any((e["seed"], e["path"], e["sha256"]) == (seed, place, _sha256(folder)) for e in record["sets"]):
         return load(folder)
     coreset = find(row.method, row.preset, row.ipc).objective is None
     options: dict[str, Any] = {"ipc": row.ipc, "preset": row.preset, "settings": dict(row.settings), "seed": seed,
@@ -135,17 +147,31 @@ def made(bench: Bench, suite: Suite, row: Row, record: Record, seed: int, data: 
         options["steps" if row.steps else "minutes"] = row.steps or row.minutes
     if row.network:
         options["settings"] = {"network": row.network, **options["settings"]}
-    if row.experts:
-        options["experts"] = _experts(bench, row.experts, suite.experts[row.experts])
+    if recording is not None:
+        options["experts"] = _experts(bench, row.experts, recording)
     begun = folder.is_dir() and any(folder.iterdir())
     try:
         run = distill(data, row.method, resume=begun, **options)
+    except Unwritable:
+        raise  # what is there is good, and is gone on from when there is room
     except PotstillError:
         if not begun:
             raise
-        run = distill(data, row.method, force=True, **options)  # what lies there is of other settings
+        run = distill(data, row.method, force=True, **options)  # damaged, or of another version, device or precision
     _enter(record, seed, place, run.record)
     return run.set
+
+
+def making(row: Row, recording: Recording | None, data: Data) -> str:
+    """Digest of all that a row's sets depend on: another one, another folder. How sets are judged is no part of it."""
+    names = ("method", "ipc", "minutes", "steps", "preset", "network", "settings")
+    return digest([{n: asdict(row)[n] for n in names}, asdict(recording) if recording else None, data.fingerprint])
+
+
+def _sha256(folder: Path) -> str:
+    """That of the set in a folder; nothing where none is."""
+    file = folder / places.SET
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _enter(record: Record, seed: int, place: str, run: Record) -> None:
@@ -156,6 +182,7 @@ def _enter(record: Record, seed: int, place: str, run: Record) -> None:
         "seed": seed,
         "path": place,
         "sha256": run["set"]["sha256"],
+        "network": run["recipe"]["network"],
         "steps": run["steps"],
         "seconds": round(sum(v for k, v in run["cost"]["phases"].items() if k != "evaluation"), 3),
         "peak_bytes": run["cost"]["peak_bytes"],

@@ -6,6 +6,7 @@ import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +19,7 @@ KINDS = ("accuracy", "seconds", "bytes")
 CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not resolvable"
 LEVEL = 0.05  # of the test that two accuracies differ
 MARGIN = 1.1  # ratio below which two measured costs count as one
-LIMITS = ("out of memory", "out of time")
+LIMITS = {"seconds": "out of time", "bytes": "out of memory"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def read(file: Path) -> list[Finding]:
         PotstillError: It is no TOML, or a row has fields that do not exist or lacks some.
     """
     try:
-        plain = tomllib.loads(file.read_text())
+        plain = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise PotstillError(f"{file} cannot be read ({error})") from error
     known, found = {f.name for f in fields(Finding)}, []
@@ -78,7 +79,8 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
     """A finding's verdict by the records.
 
     Accuracies are compared by Welch's t-test over networks and sets at a level of 5 %. Costs differ where their ratio is
-    beyond 1.1; a cell that ran out of memory, or of time, costs more than any that did not.
+    beyond 1.1; a cell that ran out of time took longer than any that did not, and one out of memory needed more of it:
+    of the other, neither says anything.
 
     Args:
         finding: The claim.
@@ -87,12 +89,12 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
     Returns:
         `name`, `claim`, `verdict` (`confirmed`, `refuted`, `not resolvable`), `numbers` and `command`.
     """
-    value = _accuracy if finding.kind == "accuracy" else _cost
+    value = _accuracy if finding.kind == "accuracy" else partial(_cost, limit=LIMITS[finding.kind])
     than, verdicts, numbers = value(finding.than, cells), [], []
     for name in finding.more:
         more = value(name, cells)
         missing = [n for n, v in ((name, more), (finding.than, than)) if not v]
-        if missing or not more or not than:
+        if missing:
             verdicts.append(OPEN)
             numbers.append(f"not measured: {', '.join(missing)}")
         elif finding.kind == "accuracy":
@@ -113,7 +115,9 @@ def judge_all(findings: Sequence[Finding], cells: Mapping[str, Cell]) -> list[di
 
 
 def _accuracy(name: str, cells: Mapping[str, Cell]) -> list[float]:
-    """Accuracies over networks and sets; with `@gain` each less the mean of random real samples."""
+    """Accuracies over networks and sets; with `@gain` those of the first set, each less that of the
+    random real samples beside it, so that the spread of both counts.
+    """
     cell, _, what = name.partition("@")
     record = cells.get(cell)
     if record is None or record.get("status") != "done":
@@ -121,16 +125,16 @@ def _accuracy(name: str, cells: Mapping[str, Cell]) -> list[float]:
     if what != "gain":
         return accuracies(record, network=what or None)
     chance = accuracies(record, "random")
-    return [a - fmean(chance) for a in accuracies(record)] if chance else []
+    return [round(a - b, 9) for a, b in zip(accuracies(record), chance, strict=False)]
 
 
-def _cost(name: str, cells: Mapping[str, Cell]) -> list[float]:
-    """Seconds or bytes; infinite where memory or time ran out."""
+def _cost(name: str, cells: Mapping[str, Cell], limit: str) -> list[float]:
+    """Seconds or bytes; infinite where they ran out."""
     cell, _, what = name.partition("@")
     record = cells.get(cell)
     if record is None:
         return []
-    if record.get("status") in LIMITS:
+    if record.get("status") == limit:
         return [math.inf]
     value = record.get(what or "step_seconds")
     return [float(value)] if record.get("status") == "done" and value else []

@@ -9,6 +9,9 @@ from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from .page import MARKS, STATES, Entry, Group, fair, lines, ranks
+from .places import IN_ZOO
+
+ZOO_NOTE = "a set of the zoo, at the length and settings on its card, which may not be those of other rows"
 
 
 @dataclass(frozen=True)
@@ -292,9 +295,12 @@ def _accuracy(
             else:
                 small = () if same else (f"n = {e.n}",)
                 text = percent(e.mean, e.std)
-                made = (e.record.get("row") or {}).get("network")
+                sets = e.record.get("sets") or []
+                made = ", ".join(dict.fromkeys(s["network"] for s in sets if isinstance(s.get("network"), str)))
                 title = f"{e.record['cell']}: n = {e.n}" + (f", made with {made}" if made else "")
-                boxes.append(Box(text, small, published, mark[place], False, (), source, data(e), title))
+                taken = any(str(s.get("path")).startswith(IN_ZOO) for s in sets)
+                told = (notes.number(ZOO_NOTE),) if taken else ()
+                boxes.append(Box(text, small, published, mark[place], False, told, source, data(e), title))
         rows.append(_row(row, tag, boxes))
     return tuple(rows)
 

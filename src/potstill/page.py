@@ -40,7 +40,8 @@ class Entry:
     """What stands at one place of a table: a cell, as one network under one protocol has seen it.
 
     `record` has the results of that network alone, so that every score compares like with like. Without a
-    measurement `mean` is `None`; `status` and `reason` say why.
+    measurement `mean` is `None`; `status` and `reason` say why. `form` tells rows of one method apart: that of a cost,
+    or the name of a row that has one of its own.
     """
 
     record: Record
@@ -168,6 +169,7 @@ def entries_of(cell: Cell) -> list[Entry]:
     if not any(r["role"] == "set" for r in results):  # a whole training set may be filed under its own name
         results = [{**r, "role": "set"} if r["role"] == record["method"] else r for r in results]
     own = [r for r in results if (r["role"], r["variant"]) == ("set", "own")]
+    name = str((record.get("row") or {}).get("name") or "")
     made = []
     for network, protocol, mark in dict.fromkeys((r["network"], r["protocol"], r["protocol_hash"]) for r in own):
         alike = [
@@ -178,13 +180,13 @@ def entries_of(cell: Cell) -> list[Entry]:
         part = {**record, "results": alike}
         found = scores.mean(part, network) if status == "done" else None
         mean, std, n = found or (None, 0.0, 0)
-        made.append(Entry(part, cell.folder, network, protocol, mark, status, reason, mean, std, n))
+        made.append(Entry(part, cell.folder, network, protocol, mark, status, reason, mean, std, n, name))
     if status == "done" and not made:
         status, reason = "failed", reason or "the record has no results"
     if not made:
         wanted = (record.get("row") or {}).get("networks") or [""]
         protocol = str(record.get("protocol") or "")
-        made = [Entry(record, cell.folder, str(n), protocol, "", status, reason) for n in wanted]
+        made = [Entry(record, cell.folder, str(n), protocol, "", status, reason, form=name) for n in wanted]
     return made
 
 

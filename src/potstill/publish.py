@@ -157,14 +157,17 @@ def page_of(cells: Sequence[Cell], findings: Sequence[Record], drawn: bool) -> P
 
 
 def accuracy_charts(group: Group, key: str, styles: dict[str, tuple[int, int]]) -> Iterable[Chart]:
-    """Accuracy against images per class, bytes and minutes, for each data set; none without two places on its axis."""
+    """Accuracy against images per class, bytes and minutes, for each data set; none without two places on its axis.
+
+    Rows with a name of their own are no points of their method's line.
+    """
     against: tuple[tuple[str, str, Callable[[Entry], float | None]], ...] = (
         ("images per class", "ipc", lambda e: e.ipc),
         ("kB stored", "bytes", lambda e: None if e.stored is None else e.stored / 1e3),
         ("minutes to make", "minutes", lambda e: e.minutes),
     )
     for i, data in enumerate(sorted({e.data for e in group.entries})):
-        mine = [e for e in group.entries if e.data == data and e.competes]
+        mine = [e for e in group.entries if e.data == data and e.competes and not e.form]
         for words, short, value in against:
             ticks = (
                 tuple(sorted({float(e.ipc) for e in mine if e.ipc and e.mean is not None})) if short == "ipc" else ()
@@ -196,10 +199,11 @@ def cost_charts(group: Group, key: str, styles: dict[str, tuple[int, int]]) -> I
 
 
 def transfer_chart(group: Group, key: str) -> Iterable[Chart]:
-    """A heat map of methods by networks, if anything was measured on two of them."""
-    networks = list(dict.fromkeys(e.network for e in group.entries if e.mean is not None))
-    methods = sorted({e.method for e in group.entries if e.mean is not None}, key=order)
-    found = {(e.method, e.network): e.mean for e in group.entries}
+    """A heat map of methods by networks, if anything was measured on two of them; without rows of a name of their own."""
+    mine = [e for e in group.entries if e.mean is not None and not e.form]
+    networks = list(dict.fromkeys(e.network for e in mine))
+    methods = sorted({e.method for e in mine}, key=order)
+    found = {(e.method, e.network): e.mean for e in mine}
     if len(networks) > 1:
         values = [[found.get((m, n)) for n in networks] for m in methods]
         yield Chart(

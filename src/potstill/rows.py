@@ -34,6 +34,11 @@ class Published:
     spread: float = 0.0
 
 
+def _plain(name: str) -> str:
+    """A name as one part of a path that leads down: data may be a path, a method may be `package.module:recipe`."""
+    return re.sub(r"[:/\\]+", "-", name).lstrip(".-")
+
+
 @dataclass(frozen=True)
 class Row:
     """One cell of a table of accuracies: a method on data at a number of images per class.
@@ -79,7 +84,7 @@ class Row:
     @property
     def cell(self) -> str:
         """Its name within a table."""
-        return f"{self.data}/{self.name or self.method}/{self.ipc}".replace(":", "-")
+        return f"{_plain(self.data)}/{_plain(self.name or self.method)}/{self.ipc}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class CostRow:
     @property
     def cell(self) -> str:
         """Its name within the table."""
-        return f"cost/{self.data}/{self.method}/{self.ipc}/{self.form}".replace(":", "-")
+        return f"cost/{_plain(self.data)}/{_plain(self.method)}/{self.ipc}/{self.form}"
 
 
 @dataclass(frozen=True)
@@ -131,13 +136,14 @@ class Recording:
 
 @dataclass(frozen=True)
 class Suite:
-    """The rows of one file."""
+    """The rows of one file; `called` is what `potstill benchmark` takes to find them."""
 
     name: str
     title: str
     table: str
     rows: tuple[Row | CostRow, ...]
     experts: Mapping[str, Recording]
+    called: str
 
 
 def suites(name: str, places: Sequence[Path]) -> list[Suite]:
@@ -158,13 +164,16 @@ def suites(name: str, places: Sequence[Path]) -> list[Suite]:
             raise unknown("benchmark", name, sorted(known), "a .toml file may be given, too")
         place = next(p for p in places if (p / f"{name}.toml").is_file())
         found = [place / f"{name}.toml", *sorted(place.glob(f"{name}-*.toml"))]
-    read_, mistakes = [], []
+    read_: list[Suite] = []
+    mistakes: list[str] = []
     for file in found:
         try:
-            suite, wrong = read(file)
+            suite, wrong = read(file, own=name.endswith(".toml"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise PotstillError(f"{file} cannot be read ({error})") from error
         mistakes += wrong
+        mistakes += [f"{file.name}: a row for {row.cell}, as in {other.name}.toml" for other in read_ if other.table == suite.table
+                     for row in suite.rows if row.cell in {r.cell for r in other.rows}]  # fmt: skip
         read_.append(suite)
     if mistakes:
         shown = "\n".join(f"  {m}" for m in mistakes)
@@ -172,9 +181,14 @@ def suites(name: str, places: Sequence[Path]) -> list[Suite]:
     return read_
 
 
-def read(file: Path) -> tuple[Suite, list[str]]:
-    """A file's suite, and what is wrong with it: one line each, rows counted from 1."""
-    plain = tomllib.loads(file.read_text())
+def read(file: Path, own: bool = True) -> tuple[Suite, list[str]]:
+    """A file's suite, and what is wrong with it: one line each, rows counted from 1.
+
+    Args:
+        file: The file.
+        own: Whether it is called by its path and not by a name.
+    """
+    plain = tomllib.loads(file.read_text(encoding="utf-8"))
     mistakes: list[str] = []
 
     def wrong(line: str) -> None:
@@ -183,6 +197,7 @@ def read(file: Path) -> tuple[Suite, list[str]]:
     for key in sorted(set(plain) - {"title", "table", "experts", "row"}):
         wrong(f"no field '{key}'; title, table, [experts.NAME] and [[row]] are known")
     table, title, given = plain.get("table"), plain.get("title", ""), plain.get("row", [])
+    recorded = plain.get("experts", {})
     if table not in TABLES:
         wrong(f"table is {table!r}; one of {', '.join(TABLES)} is needed")
     if not isinstance(title, str):
@@ -191,7 +206,10 @@ def read(file: Path) -> tuple[Suite, list[str]]:
         wrong("no [[row]]")
         given = []
     experts: dict[str, Recording] = {}
-    for name, entry in dict(plain.get("experts", {})).items():
+    if not isinstance(recorded, Mapping):
+        wrong("experts are no tables [experts.NAME]")
+        recorded = {}
+    for name, entry in recorded.items():
         made, lines = make(Recording, entry)
         for line in lines:
             wrong(f"experts '{name}': {line}")
@@ -210,7 +228,7 @@ def read(file: Path) -> tuple[Suite, list[str]]:
         if row.cell in {r.cell for r in rows}:
             wrong(f"{at}: a second row for {row.cell}")
         rows.append(row)
-    return Suite(file.stem, str(title), str(table), tuple(rows), experts), mistakes
+    return Suite(file.stem, str(title), str(table), tuple(rows), experts, file.name if own else file.stem), mistakes
 
 
 def make(cls: type, plain: Any) -> tuple[Any, list[str]]:
@@ -265,6 +283,7 @@ def faults(row: Row | CostRow, experts: Mapping[str, Recording]) -> list[str]:
     def among(kind: str, name: str, allowed: Sequence[str]) -> None:
         check(name in allowed, "" if name in allowed else str(unknown(kind, name, allowed)))
 
+    check(bool(_plain(row.data)), "data is empty")
     check(row.ipc >= 1, f"ipc {row.ipc} is below 1")
     check(row.repeats >= 1, f"repeats {row.repeats} is below 1")
     among("preset", row.preset, PRESETS)
