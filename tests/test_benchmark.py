@@ -489,6 +489,7 @@ def test_cost_cells_run_in_a_suite(root, tmp_path, monkeypatch):
         and found["cost/toy/dm/1/plain"]["cell"] == "cost/toy/dm/1/plain"
     )
     assert found["cost/toy/dm/2/plain"]["step_seconds"] is None
+    assert [c.fate for c in work.plan()] == ["kept", "kept"], "a limit that was met is a result"
 
 
 # for people

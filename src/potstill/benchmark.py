@@ -22,7 +22,7 @@ from . import findings
 from .bench import Bench
 from .cells import accuracy, in_zoo, minutes
 from .compiling import PRECISIONS, check_device, choose_compile, keep_memory
-from .costs import in_own_process, out_of_memory
+from .costs import TIME, in_own_process, out_of_memory
 from .errors import PotstillError, Stopped, unknown
 from .judge import protocol_of
 from .records import digest, read_json, software, write_json
@@ -149,7 +149,7 @@ class Benchmark:
             return Cell(suite, row, 0.0, mark, TODO, reason(error))
         cell = Cell(suite, row, took, mark, TODO)
         found = self.kept(cell)
-        return replace(cell, fate=KEPT) if found is not None and found["status"] == DONE else cell
+        return replace(cell, fate=KEPT) if self._settled(found) else cell
 
     def run(self, cells: Sequence[Cell]) -> dict[str, int]:
         """Run what is to do; what another process holds is come back to once, at the end.
@@ -181,7 +181,7 @@ class Benchmark:
         try:
             with self.bench.locked(file):
                 found = self.kept(cell)
-                if found is not None and found["status"] == DONE:
+                if self._settled(found):
                     return KEPT  # another process has made it since the plan
                 if cell.fate == ABSENT and self._measured(file):
                     return ABSENT  # what was measured when the data were here stays
@@ -199,6 +199,12 @@ class Benchmark:
             return OTHER
         self.bench.say(f"{name}: {record['status']}{self._words(record)}")
         return str(record["status"])
+
+    @staticmethod
+    def _settled(found: Record | None) -> bool:
+        """Whether a record needs no further run; where costs are measured, a limit that was met is a result."""
+        limits = (MEMORY, TIME) if found is not None and found.get("kind") == "cost" else ()
+        return found is not None and found["status"] in (DONE, *limits)
 
     @staticmethod
     def _measured(file: Path) -> bool:
