@@ -153,15 +153,15 @@ def test_an_unknown_name_is_told_the_nearest(capsys):
 
 
 def test_what_a_wheel_ships_is_found(tmp_path):
-    """The package as it is installed: no checkout around it, `_zoo` and `_rows` inside."""
+    """The package as it is installed: no checkout around it, `_zoo` and `_benchmarks` inside."""
     package = tmp_path / "site-packages" / "potstill"
     package.mkdir(parents=True)
     for file in ("__init__.py", "places.py", "errors.py"):
         shutil.copy(ROOT / "src" / "potstill" / file, package)
-    (package / "_rows").mkdir()
+    (package / "_benchmarks").mkdir()
     put(package / "_zoo", "a/dm/1")
     put(tmp_path / "zoo", "b/dm/1")  # beside site-packages: not ours
-    program = "import sys; from potstill.places import *; print(find('a/dm/1'), shipped('benchmarks/rows'), list(names()), 'torch' in sys.modules)"
+    program = "import sys; from potstill.places import *; print(find('a/dm/1'), shipped('benchmarks'), list(names()), 'torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
@@ -169,7 +169,7 @@ def test_what_a_wheel_ships_is_found(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.split() == [str(package / "_zoo/a/dm/1"), str(package / "_rows"), "['a/dm/1']", "False"], (
+    assert done.stdout.split() == [str(package / "_zoo/a/dm/1"), str(package / "_benchmarks"), "['a/dm/1']", "False"], (
         done.stderr
     )
 
