@@ -172,7 +172,9 @@ def test_augmentation_is_replayed():
     first, second = (objective.fit(s, net, draws) for _ in range(2))
     other = objective.fit(s, net, double(objective.draws(Key(5), Sizes(CLASSES, 6, 12))))
     assert all(torch.equal(a, b) for a, b in zip(leaves(first.params), leaves(second.params), strict=True))
-    weights = [name for name in first.params if name.endswith("weight")]  # an instance norm takes a convolution's bias away
+    weights = [
+        name for name in first.params if name.endswith("weight")
+    ]  # an instance norm takes a convolution's bias away
     assert weights and not any(torch.equal(first.params[n], other.params[n]) for n in weights)
 
 
