@@ -279,6 +279,7 @@ class Benchmark:
             "step_seconds": None,
             "loss_seconds": None,
             "times": {},
+            "phases": {},
             "peak_bytes": None,
             "baseline_bytes": None,
         }

@@ -15,7 +15,7 @@ from typing import Any
 from . import __version__
 from .errors import PotstillError, Stopped, unknown
 
-COMMANDS = ("distill", "evaluate", "experts", "benchmark", "export", "report", "list", "show", "cite")
+COMMANDS = ("distill", "evaluate", "experts", "benchmark", "export", "report", "speed", "list", "show", "cite")
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,9 +132,18 @@ def parser() -> Parser:
     b.add_argument(
         "--data", action="append", default=[], metavar="NAME=OTHER", help="data that stand for others, such as a copy"
     )
+    v = add("speed", "Measure where a step's time goes, method by method, against this machine's matrix product.")
+    v.add_argument("data", nargs="?", default="fashion-mnist", help="as for `potstill distill` (default: fashion-mnist)")
+    v.add_argument("--methods", default="", metavar="A,B", help="of those that take steps (default: all)")
+    v.add_argument("--ipc", type=int, default=1, help="images per class (default: 1)")
+    v.add_argument("--preset", default="small", help="small or paper (default: small)")
+    v.add_argument("--network", help="in place of the recipes' own")
+    v.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="a recipe field, for every method")
+    v.add_argument("--repeats", type=int, default=5, help="timed steps, after two that warm up (default: 5)")
+    v.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
     for p in (d, e):
         p.add_argument("--repeats", type=int, default=5, help="fresh networks for each number (default: 5)")
-    for p in (d, e, t, b):
+    for p in (d, e, t, b, v):
         p.add_argument(
             "--data-root", type=Path, metavar="DIR", help="folder of downloaded data (default: $POTSTILL_DATA)"
         )
@@ -214,14 +223,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     from .evaluation import evaluate
     from .records import write_json
 
-    def words(text: str) -> list[str]:
-        return [w.strip() for w in text.split(",") if w.strip()]
-
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        raise PotstillError(f"--json {args.json} cannot be written; a file in a folder that is there is needed")
+    check_file(args.json)
     results = evaluate(
-        args.sets, args.data, networks=words(args.networks), protocol=args.protocol,
-        normalisation=args.normalisation, baselines=words(args.baselines), repeats=args.repeats, seed=args.seed, data_root=args.data_root, device=args.device, compile=args.compile,
+        args.sets, args.data, networks=listed(args.networks), protocol=args.protocol,
+        normalisation=args.normalisation, baselines=listed(args.baselines), repeats=args.repeats, seed=args.seed, data_root=args.data_root, device=args.device, compile=args.compile,
         precision=args.precision, say=say, bar=progress_bar,
     )  # fmt: skip
     rows = [asdict(r) for r in results]
@@ -275,6 +280,34 @@ def _report(args: argparse.Namespace) -> None:
     from .publish import publish
 
     print(publish(args.folders, args.out))
+
+
+def _speed(args: argparse.Namespace) -> None:
+    from .records import write_json
+    from .speed import lines, speed
+
+    check_file(args.json)
+    found = speed(
+        args.data, listed(args.methods), ipc=args.ipc, preset=args.preset, network=args.network, settings=settings_of(args.set),
+        repeats=args.repeats, data_root=args.data_root, device=args.device, precision=args.precision, compile=args.compile,
+        say=say,
+    )  # fmt: skip
+    print(columns(lines(found)))
+    for precision, rate in found["matrix_product"].items():
+        print(f"matrix product, {precision}: {rate / 1e9:.0f} GFLOP/s")
+    if args.json:
+        write_json(args.json, found)
+
+
+def check_file(file: Path | None) -> None:
+    """Refuse a file for results that cannot be written, before they are measured."""
+    if file and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise PotstillError(f"--json {file} cannot be written; a file in a folder that is there is needed")
+
+
+def listed(text: str) -> list[str]:
+    """Words with commas between."""
+    return [w.strip() for w in text.split(",") if w.strip()]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -343,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a GPU's tools on a CPU's machine
     try:
         args = parser().parse_args(arguments)
-        commands = (_distill, _evaluate, _experts, _benchmark, _export, _report, _list, _show, _cite)
+        commands = (_distill, _evaluate, _experts, _benchmark, _export, _report, _speed, _list, _show, _cite)
         dict(zip(COMMANDS, commands, strict=True))[args.command](args)
         sys.stdout.flush()
         return 0

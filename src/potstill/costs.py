@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .compiling import choose_precision, keep_memory
+from .compiling import choose_precision, count_flops, keep_memory
 from .data import Data
 from .errors import PotstillError
 from .functional import Key, Tree
@@ -32,10 +32,11 @@ from .objectives import Net, Unroll
 from .recipe import Recipe, change, find
 from .replay import Experts
 from .rows import CostRow
-from .still import Settings, Still
+from .still import Now, Settings, Still
 from .synthetic import counts_per_group
 
 DONE, FAILED, MEMORY, TIME = "done", "failed", "out of memory", "out of time"
+PHASES = ("draws", "real", "synthetic", "update")  # of a step: what is drawn, the real side, loss and gradient, all that moves
 WARM = 2  # steps before the timed ones: compiling, first allocations
 
 
@@ -72,8 +73,8 @@ def measure(row: CostRow, data: Data, compile: bool, precision: str, device: str
     updated. The loss alone is target, loss and gradient with respect to what is learned, everything else given.
 
     Returns:
-        `step_seconds` and `loss_seconds`, medians of `times`; `peak_bytes` of the process and `baseline_bytes`, what of
-        it was there before the first step.
+        `step_seconds` and `loss_seconds`, medians of `times`; `phases`, the median and the floating-point operations of
+        each; `peak_bytes` of the process and `baseline_bytes`, what of it was there before the first step.
     """
     recipe = recipe_of(row, data)
     net = build_network(recipe.network, data.shape, data.task.outputs)
@@ -84,32 +85,82 @@ def measure(row: CostRow, data: Data, compile: bool, precision: str, device: str
     before = peak_bytes(device)
     still = Still(data, settings)
     now = still.fresh()
-    times: dict[str, list[float]] = {"step": [], "loss": []}
+    times: dict[str, list[float]] = {name: [] for name in ("step", *PHASES, "loss")}
 
     def timed(name: str, run: Callable[[], Any]) -> Any:
+        _settle(device)
         begin = time.perf_counter()
         out = run()
+        _settle(device)
         times[name].append(time.perf_counter() - begin)
         return out
 
     for i in range(WARM + row.repeats):
         now, _ = timed("step", lambda i=i, now=now: still.step(now, i))  # type: ignore[misc]
-    _, net_, real, draws = still.inputs_of(now, 0)
-    for _ in range(WARM + row.repeats):
-        timed("loss", lambda: still.value_and_grad(now, still.target(net_, real, draws), net_, draws))
+    for i in range(WARM + row.repeats):
+        slot, net_, real, draws = timed("draws", lambda i=i: still.inputs_of(now, i))  # type: ignore[misc]
+        target = timed("real", lambda: still.target(net_, real, draws))
+        _, grads, own = timed("synthetic", lambda: still.value_and_grad(now, target, net_, draws))
+        timed("update", lambda i=i: still.update(now, i, slot, net_, grads, own))  # type: ignore[misc]
+        times["loss"].append(times["real"][-1] + times["synthetic"][-1])
     kept = {name: [round(t, 6) for t in found[WARM:]] for name, found in times.items()}
+    middle = {name: round(median(found), 6) for name, found in kept.items()}
+    peak = peak_bytes(device)  # before operations are counted, which keeps more than a step does
     return {
         "status": DONE,
-        "step_seconds": round(median(kept["step"]), 6),
-        "loss_seconds": round(median(kept["loss"]), 6),
+        "step_seconds": middle["step"],
+        "loss_seconds": middle["loss"],
         "times": kept,
-        "peak_bytes": peak_bytes(device),
+        "phases": {name: {"seconds": middle[name], "flops": n} for name, n in _counted(still, now).items()},
+        "peak_bytes": peak,
         "baseline_bytes": before,
         "unroll": still.objective.way,
-        "precision": exact,
+        "precision": exact if still.objective.needs.network else "fp64",  # a kernel in closed form has its own
         "compile": "on" if compile else "off",
         "threads": torch.get_num_threads(),
     }
+
+
+def operations(still: Still, now: Now) -> dict[str, float]:
+    """Floating-point operations of each phase of a step, matrix products and convolutions counted, in eager mode.
+
+    A kernel in closed form and an unroll's rebuilt steps count as they are made: what is computed twice counts twice.
+    """
+    eager = Still(still.data, replace(still.settings, compile=False), still.start)
+    slot, net, real, draws = eager.inputs_of(now, 0)
+    found: dict[str, float] = {"draws": 0.0}
+    target: Tree = None
+    grads: dict[str, torch.Tensor] = {}
+    own: Tree = ()
+
+    def run_target() -> None:
+        nonlocal target
+        target = eager.target(net, real, draws)
+
+    def run_gradient() -> None:
+        nonlocal grads, own
+        _, grads, own = eager.value_and_grad(now, target, net, draws)
+
+    found["real"] = count_flops(run_target)
+    found["synthetic"] = count_flops(run_gradient)
+    found["update"] = count_flops(lambda: eager.update(now, 0, slot, net, grads, own))
+    return found
+
+
+def _counted(still: Still, now: Now) -> dict[str, float | None]:
+    """As `operations`; nothing of each where counting needs more memory than there is and the step itself did not."""
+    try:
+        return dict(operations(still, now))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return dict.fromkeys(PHASES)
+
+
+def _settle(device: str) -> None:
+    """Wait for what a GPU was told to do."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
 
 
 def in_own_process(

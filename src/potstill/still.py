@@ -214,6 +214,19 @@ class Still:
         """One step of the loop: the next state and the loss. Nothing is changed in place."""
         slot, net, real, draws = self.inputs_of(now, step)
         loss, grads, own = self.value_and_grad(now, self.target(net, real, draws), net, draws)
+        return self.update(now, step, slot, net, grads, own), float(loss)
+
+    def update(self, now: Now, step: int, slot: int, net: Net, grads: dict[str, Tensor], own: Tree) -> Now:
+        """The state after a step: what is learned moves along its gradient, then the source trains or retires the network.
+
+        Args:
+            now: Before the step.
+            step: Its number.
+            slot: Of the network that was used.
+            net: That network.
+            grads: Of what is learned, by name.
+            own: The objective's own state after the step.
+        """
         learned, slow = {}, {}
         for part, value in now.learned.items():
             optimiser = self.settings.recipe.optimiser[part]
@@ -222,7 +235,7 @@ class Still:
             learned.update(after)
         s, key = self.synthetic(learned), self.key.fold("advance", step)
         pool = self.source.advance(now.pool, slot, net, s, self._train, self.settings.recipe.augment, key)
-        return Now(learned, slow, own, pool), float(loss)
+        return Now(learned, slow, own, pool)
 
     def set(self, learned: dict[str, Tensor], step: int) -> DistilledSet:
         """S as it is saved."""

@@ -1,0 +1,90 @@
+"""`potstill speed`: phases, counted operations, and what is refused."""
+
+import json
+
+import pytest
+
+from potstill import cli, costs, speed
+from potstill.compiling import count_flops
+from potstill.data import load_data
+from potstill.errors import PotstillError
+from potstill.functional import Key
+from potstill.networks import network
+from potstill.recipe import change, find
+from potstill.still import Settings, Still
+
+NET = "convnet-w4"
+
+
+def still(method: str, **settings):
+    recipe = change(find(method, "small"), {"network": NET, **{k.replace("__", "."): v for k, v in settings.items()}})
+    return Still(load_data("digits"), Settings(recipe, [1] * 10, 0, 0.0, 10, "cpu", False, "fp32", 1))
+
+
+def test_operations_are_those_of_the_passes_that_the_method_makes():
+    """Distribution matching: one forward pass of the real batch; forward and back to the inputs for S, whose first
+    layer's weights need no gradient."""
+    made = still("dm", objective__real=8)
+    net, found = made.network, costs.operations(made, made.fresh())
+    state = net.init(Key(0))
+    x = made.data.prepare(made.data.train.inputs[:10])
+    one = count_flops(lambda: net.features(state, x, "batch")) / 10
+    assert found["draws"] == 0 and found["real"] == 80 * one
+    assert found["synthetic"] == 2 * 10 * one
+    assert found["update"] == 0  # a fresh network each step: none is trained
+
+
+def test_training_of_the_pool_counts_as_update():
+    found = costs.operations(*(lambda s: (s, s.fresh()))(still("frepo", objective__real=16)))
+    assert found["update"] > 0 and found["real"] > 0
+
+
+def test_the_phases_of_methods_and_their_share(capsys, tmp_path):
+    file = tmp_path / "speed.json"
+    asked = ["speed", "digits", "--methods", "dm,kip", "--network", NET, "--repeats", "2", "--compile", "off"]
+    assert cli.main([*asked, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    dm, kip = found["rows"]
+    assert (dm["status"], dm["precision"], kip["precision"]) == ("done", "fp32", "fp64")
+    assert set(found["matrix_product"]) == {"fp32", "fp64"}
+    for row in (dm, kip):
+        assert tuple(row["phases"]) == costs.PHASES
+        for phase in row["phases"].values():
+            rate = phase["flops"] / phase["seconds"] / found["matrix_product"][row["precision"]]
+            assert phase["share"] == pytest.approx(rate, abs=1e-4)
+        parts = sum(p["seconds"] for p in row["phases"].values())
+        assert row["loss_seconds"] <= parts and len(row["times"]["real"]) == 2
+    out = capsys.readouterr().out
+    assert "real side" in out and "matrix product, fp64" in out
+
+
+def test_a_method_that_fails_is_a_line_of_the_table(capsys):
+    assert cli.main(["speed", "digits", "--methods", "dm", "--set", "objective.real=0", "--repeats", "1"]) == 0
+    assert "failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--methods", "random"], "takes steps"),
+        (["--methods", "dmm"], "dmm"),
+        (["--preset", "large"], "large"),
+        (["--ipc", "0"], "--ipc 0"),
+        (["--network", "convnet-w4-d9"], "too deep"),
+        (["--json", "/"], "--json"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_measured(options, named, capsys):
+    assert cli.main(["speed", "digits", *options]) == 2
+    said = capsys.readouterr().err
+    assert named in said and len(said.strip().splitlines()) == 1
+
+
+def test_the_yardstick_is_a_number_of_operations_per_second():
+    slow, fast = speed.matrix_product("fp64"), speed.matrix_product("fp32")
+    assert 1e8 < slow and 1e8 < fast
+
+
+def test_unknown_data_are_refused():
+    with pytest.raises(PotstillError, match="nowhere"):
+        speed.speed("nowhere")
