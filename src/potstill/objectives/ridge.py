@@ -81,9 +81,9 @@ class KernelRidge(Objective):
             gram = kernel(self.kernel)
             cross, own = gram(rows, x), gram(x, x)
         else:
-            x = net.network.features(net.state, x, "stored")
-            cross, own = rows @ x.T, x @ x.T
-        return predict(cross.double(), own.double(), y.double(), self.ridge)
+            x, rows = cast((net.network.features(net.state, x, "stored"), rows), torch.float64)
+            cross, own = rows @ x.T, x @ x.T  # in float32 their rounding exceeds the ridge where S is large
+        return predict(cross, own, y.double(), self.ridge)
 
 
 def _margin(labels: Float[Tensor, "m classes"]) -> Float[Tensor, ""]:
