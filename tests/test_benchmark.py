@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from potstill.errors import PotstillError, Unwritable
 from potstill.exchange import load
 from potstill.judge import Judge
 from potstill.records import digest
-from potstill.rows import CostRow, suites
+from potstill.rows import CostRow, Suite, suites
 from potstill.testing import toy
 from potstill.training import PROTOCOLS
 
@@ -525,3 +526,20 @@ def test_a_reason_names_no_path_of_this_machine(root, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     line = reason(PotstillError(f"no {root}/x nor {tmp_path}/y\nsecond line"))
     assert line == "no $POTSTILL_DATA/x nor ~/y"
+    monkeypatch.chdir(tmp_path)
+    for out in (tmp_path / "results", Path("results")):
+        line = reason(PotstillError(f"kept in {tmp_path}/results/runs/one"), out)
+        assert line == "kept in runs/one"
+
+
+def test_findings_about_other_cells_are_left_out(root, tmp_path):
+    row = CostRow("dm", "toy", 1, network="convnet-w4", preset="small", repeats=1)
+    work = Benchmark([Suite("mine", "Mine", "cost", (row,), {}, "mine")], Bench(tmp_path))
+    (tmp_path / "f.toml").write_text(
+        "".join(
+            f'[[finding]]\nname = "{name}"\nclaim = "c"\nsource = "s"\nkind = "seconds"\nmore = "{more}"\n'
+            'than = "cost/toy/dc/1/plain"\ncommand = "potstill benchmark mine"\n'
+            for name, more in (("ours", f"{row.cell}@step_seconds"), ("theirs", "cost/toy/mtt/1/plain@step_seconds"))
+        )
+    )
+    assert [v["name"] for v in work.judge_findings(tmp_path / "f.toml")] == ["ours"]

@@ -109,7 +109,10 @@ class Benchmark:
         return cells
 
     def judge_findings(self, file: Path) -> list[dict[str, str]]:
-        """Hold the findings of a file against all records of the folder, and write the verdicts beside them."""
+        """Hold the findings of a file against all records of the folder, and write the verdicts beside them.
+
+        Only those about a cell of these suites or of the folder: others would all be "not measured".
+        """
         found = {}
         for path in sorted((self.bench.out / "cells").rglob("*.json")):
             record = read_json(path)
@@ -117,7 +120,8 @@ class Benchmark:
                 found[("transfer/" if record["table"] == "transfer" else "") + record["cell"]] = record
             except (KeyError, TypeError) as error:
                 raise PotstillError(f"{path} is no record of a benchmark's cell") from error
-        verdicts = findings.judge_all(findings.read(file), found)
+        here = {*found, *(self.name(suite, row) for suite in self.suites for row in suite.rows)}
+        verdicts = findings.judge_all([f for f in findings.read(file) if here & f.cells], found)
         write_json(self.bench.out / "findings.json", verdicts)
         return verdicts
 
@@ -265,12 +269,12 @@ class Benchmark:
                 return self._cost(cell.row, record)
             return accuracy(self.bench, cell.suite, cell.row, record, file)
         except (PotstillError, Stopped) as error:
-            return {**record, "status": FAILED, "reason": reason(error)}
+            return {**record, "status": FAILED, "reason": reason(error, self.bench.out)}
         except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError,
                 RuntimeError, SyntaxError, TypeError, ValueError) as error:  # fmt: skip
             if out_of_memory(error):
                 return {**record, "status": MEMORY, "reason": "more than this machine has"}
-            return {**record, "status": FAILED, "reason": f"{type(error).__name__}: {reason(error)}"}
+            return {**record, "status": FAILED, "reason": f"{type(error).__name__}: {reason(error, self.bench.out)}"}
 
     def _cost(self, row: CostRow, record: Record) -> Record:
         b = self.bench
@@ -287,9 +291,12 @@ class Benchmark:
         return {**record, **blank, **measured}
 
 
-def reason(error: BaseException) -> str:
-    """An error in a line for a record: no path of this machine in it."""
-    return placeless(next(iter(str(error).splitlines()), ""))[:300]
+def reason(error: BaseException, out: Path | None = None) -> str:
+    """An error in a line for a record: no path of this machine in it, and what lies in the results folder from there."""
+    line = next(iter(str(error).splitlines()), "")
+    for folder in (out.absolute(), out) if out is not None and out != Path() else ():
+        line = line.replace(f"{folder}{os.sep}", "")
+    return placeless(line)[:300]
 
 
 def placeless(line: str) -> str:

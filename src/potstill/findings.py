@@ -49,6 +49,11 @@ class Finding:
     table: str = ""
     factor: float = 1.0
 
+    @property
+    def cells(self) -> set[str]:
+        """The cells that it speaks of."""
+        return {name.partition("@")[0] for name in (*self.more, self.than)}
+
 
 def read(file: Path) -> list[Finding]:
     """The findings of a file.
