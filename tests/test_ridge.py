@@ -221,3 +221,11 @@ def test_features_in_float32_are_solved_in_float64():
     single = (make_s(kind="centred", dtype=torch.float32), make_real(dtype=torch.float32))
     got = value(objective(ridge=1e-3), *single, make_net(dtype=torch.float32))
     assert got.dtype == torch.float64 and float(got) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_more_samples_than_features_stay_solvable_in_float32():
+    """The Gram matrix then has eigenvalues of 0, which a product in float32 would put below minus the ridge."""
+    s, real, net = (f(dtype=torch.float32) for f in (lambda dtype: make_s(200, dtype=dtype), make_real, make_net))
+    exact = value(objective(), make_s(200), make_real(), make_net())
+    got = value(objective(), s, real, net)
+    assert bool(got.isfinite()) and float(got) == pytest.approx(float(exact), rel=0.05)
