@@ -165,6 +165,24 @@ def test_a_cells_numbers_are_those_of_a_judge_and_a_second_run_does_nothing(root
     assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "out" / "cells").rglob("*.json")}
 
 
+def test_a_baseline_is_measured_once_for_all_cells_in_which_it_is_the_same(root, tmp_path, short, monkeypatch):
+    calls, random = [], Judge.random
+    monkeypatch.setattr(Judge, "random", lambda self, *a: calls.append(self.protocol.name) or random(self, *a))
+    chosen = RANDOM + 'baselines = ["random"]\n'
+    rows = [chosen.replace('"random"\ndata', f'"{m}"\ndata') for m in ("random", "herding", "k-center")]
+    work = bench_of(tmp_path, HEAD + rows[0] + rows[1] + rows[2].replace('"dsa"', '"dc"'))
+    assert work.run(work.plan()) == {"done": 3}
+    assert calls == ["dsa", "dc"]
+    found = records(tmp_path)
+    one, two, other = (found[f"performance/toy/{m}/2"]["results"][1] for m in ("random", "herding", "k-center"))
+    assert one == two and one["role"] == "random" and other["protocol"] == "dc"
+    set_ = load(tmp_path / "out" / found["performance/toy/herding/2"]["sets"][0]["path"])
+    alone = random(Judge(work.bench.data("toy"), cells_module.protocol_of("dsa"), 2), set_, "convnet-w4")
+    assert two["accuracies"] == alone.accuracies
+    again = bench_of(tmp_path, HEAD + rows[1].replace("repeats = 2", "repeats = 3"))
+    assert again.run(again.plan()) == {"done": 1} and calls[2:] == ["dsa"]
+
+
 def test_a_cell_is_measured_again_when_its_row_changes_and_its_set_kept_when_only_the_judging_does(
     root, tmp_path, short
 ):

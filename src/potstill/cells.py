@@ -25,8 +25,9 @@ from .objectives import ByGroup
 from .recipe import find
 from .records import digest, read_json, write_json
 from .rows import WHOLE, CostRow, Recording, Row, Suite
-from .students import is_kernel
+from .students import fit_of, is_kernel
 from .training import Trainer
+from .transforms import describe
 
 Record = dict[str, Any]
 CALL = 4e-3  # seconds that a training step of the smallest network takes, for estimates
@@ -89,22 +90,22 @@ def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -
         write_json(file, record)
         for name in row.networks:
             trainer = judge.student(name, judge.resolved(set_), set_, set_.meta.labels, False)
-            for role, variant, judged in _ways(row, set_, judge, name, seed == row.seeds[0]):
+            for role, variant, judged in _ways(bench, row, set_, judge, name, seed == row.seeds[0]):
                 keep(seed, role, variant, trainer.name, judged)
     return {**record, "status": "done"}
 
 
 def _ways(
-    row: Row, set_: DistilledSet, judge: Judge, name: str, first: bool
+    bench: Bench, row: Row, set_: DistilledSet, judge: Judge, name: str, first: bool
 ) -> Iterator[tuple[str, str, Callable[[], Result | None]]]:
     """(role, variant, measurement) for each number that a row wants of a set on a network."""
     yield "set", "own", lambda: judge.set(set_, row.method, name)
     if not first:
         return
     if "random" in row.baselines:
-        yield "random", "own", lambda: judge.random(set_, name)
+        yield "random", "own", _shared(bench, judge, "random", set_, name)
     if "k-means" in row.baselines:
-        yield "k-means", "own", lambda: judge.k_means(set_, name)
+        yield "k-means", "own", _shared(bench, judge, "k-means", set_, name)
     if is_kernel(name):
         return
     if "hard" in row.variants:
@@ -116,7 +117,34 @@ def _ways(
     if "plain" in row.variants and judge.resolved(set_).augment.ops:
         bare = replace(judge, protocol=replace(judge.protocol, augment=Augment(), own=False))
         yield "set", "plain", lambda: bare.set(set_, row.method, name)
-        yield "random", "plain", lambda: bare.random(set_, name)
+        yield "random", "plain", _shared(bench, bare, "random", set_, name)
+
+
+def _shared(bench: Bench, judge: Judge, role: str, set_: DistilledSet, name: str) -> Callable[[], Result]:
+    """The measurement of a baseline, made once in a results folder for all cells in which it would be the same: the same
+    samples under the same protocol, once augmentation and learning rate are settled, by the same network.
+    """
+    protocol = judge.resolved(set_)
+
+    def run() -> Result:
+        return judge.random(set_, name) if role == "random" else judge.k_means(set_, name)
+
+    if is_kernel(name) or protocol.name == "unrolled":  # there the set itself has a say
+        return run
+    data, how = judge.data, [judge.repeats, judge.seed, judge.device, judge.compile, judge.precision]
+    what = [role, data.fingerprint, describe(data.transform), set_.meta.ipc, name]
+    mark = digest([*what, *how, asdict(protocol), fit_of(name, protocol, set_)])
+
+    def kept() -> Result:
+        file = bench.out / "baselines" / f"{mark}.json"
+        if file.exists():
+            return Result(**read_json(file))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        result = run()
+        write_json(file, asdict(result))
+        return result
+
+    return kept
 
 
 def in_zoo(bench: Bench, row: Row, data: Data) -> Path | None:
