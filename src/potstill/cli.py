@@ -133,7 +133,9 @@ def parser() -> Parser:
         "--data", action="append", default=[], metavar="NAME=OTHER", help="data that stand for others, such as a copy"
     )
     v = add("speed", "Measure where a step's time goes, method by method, against this machine's matrix product.")
-    v.add_argument("data", nargs="?", default="fashion-mnist", help="as for `potstill distill` (default: fashion-mnist)")
+    v.add_argument(
+        "data", nargs="?", default="fashion-mnist", help="as for `potstill distill` (default: fashion-mnist)"
+    )
     v.add_argument("--methods", default="", metavar="A,B", help="of those that take steps (default: all)")
     v.add_argument("--ipc", type=int, default=1, help="images per class (default: 1)")
     v.add_argument("--preset", default="small", help="small or paper (default: small)")

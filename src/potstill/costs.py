@@ -36,7 +36,12 @@ from .still import Now, Settings, Still
 from .synthetic import counts_per_group
 
 DONE, FAILED, MEMORY, TIME = "done", "failed", "out of memory", "out of time"
-PHASES = ("draws", "real", "synthetic", "update")  # of a step: what is drawn, the real side, loss and gradient, all that moves
+PHASES = (
+    "draws",
+    "real",
+    "synthetic",
+    "update",
+)  # of a step: what is drawn, the real side, loss and gradient, all that moves
 WARM = 2  # steps before the timed ones: compiling, first allocations
 
 
@@ -87,21 +92,21 @@ def measure(row: CostRow, data: Data, compile: bool, precision: str, device: str
     now = still.fresh()
     times: dict[str, list[float]] = {name: [] for name in ("step", *PHASES, "loss")}
 
-    def timed(name: str, run: Callable[[], Any]) -> Any:
+    def timed(name: str, run: Callable[..., Any], *given: Any) -> Any:
         _settle(device)
         begin = time.perf_counter()
-        out = run()
+        out = run(*given)
         _settle(device)
         times[name].append(time.perf_counter() - begin)
         return out
 
     for i in range(WARM + row.repeats):
-        now, _ = timed("step", lambda i=i, now=now: still.step(now, i))  # type: ignore[misc]
+        now, _ = timed("step", still.step, now, i)
     for i in range(WARM + row.repeats):
-        slot, net_, real, draws = timed("draws", lambda i=i: still.inputs_of(now, i))  # type: ignore[misc]
-        target = timed("real", lambda: still.target(net_, real, draws))
-        _, grads, own = timed("synthetic", lambda: still.value_and_grad(now, target, net_, draws))
-        timed("update", lambda i=i: still.update(now, i, slot, net_, grads, own))  # type: ignore[misc]
+        slot, net_, real, draws = timed("draws", still.inputs_of, now, i)
+        target = timed("real", still.target, net_, real, draws)
+        _, grads, own = timed("synthetic", still.value_and_grad, now, target, net_, draws)
+        timed("update", still.update, now, i, slot, net_, grads, own)
         times["loss"].append(times["real"][-1] + times["synthetic"][-1])
     kept = {name: [round(t, 6) for t in found[WARM:]] for name, found in times.items()}
     middle = {name: round(median(found), 6) for name, found in kept.items()}

@@ -129,9 +129,7 @@ def speed(
 
 def lines(found: Mapping[str, Any]) -> list[Sequence[str]]:
     """The table for people: seconds by phase, operations per second of the whole step, their share of the matrix product."""
-    out: list[Sequence[str]] = [
-        ("method", *WORDS.values(), "whole step", "GFLOP/s", "share", "precision", "peak MiB")
-    ]
+    out: list[Sequence[str]] = [("method", *WORDS.values(), "whole step", "GFLOP/s", "share", "precision", "peak MiB")]
     for row in found["rows"]:
         if row["status"] != DONE:
             out.append((row["method"], f"{row['status']}: {row['reason']}", *[""] * (len(out[0]) - 2)))
