@@ -34,7 +34,8 @@ def test_operations_are_those_of_the_passes_that_the_method_makes():
 
 
 def test_training_of_the_pool_counts_as_update():
-    found = costs.operations(*(lambda s: (s, s.fresh()))(still("frepo", objective__real=16)))
+    made = still("frepo", objective__real=16)
+    found = costs.operations(made, made.fresh())
     assert found["update"] > 0 and found["real"] > 0
 
 

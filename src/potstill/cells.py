@@ -53,7 +53,7 @@ def minutes(row: Row | CostRow, data: Data, there: int = 0) -> float:
         net, protocol = build_network(name, data.shape, data.task.outputs), protocol_of(row.protocol)
         trainer = Trainer(net, replace(protocol, lr=protocol.lr or 1.0), data.task, False, "cpu")
         more = len(row.baselines) + ("hard" in row.variants) + 2 * ("plain" in row.variants)
-        one = max(trainer.flops(images) / EAGER_FLOPS, CALL * trainer.steps(images) / trainer.together)
+        one = max(trainer.flops(images) / EAGER_FLOPS, CALL * trainer.steps(images) / trainer.together(images))
         seconds += one * row.repeats * (len(row.seeds) + more)
     if row.steps and row.method != WHOLE:
         recipe = find(row.method, row.preset, row.ipc)
