@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import potstill
+from potstill import training
 from potstill.augment import Augment
-from potstill.data import Data
+from potstill.data import Classification, Data
 from potstill.errors import PotstillError
 from potstill.exchange import DistilledSet, describe_set
 from potstill.functional import Key
@@ -81,6 +82,21 @@ def test_networks_side_by_side_are_the_networks_one_by_one(name):
             assert torch.allclose(a.params[k], b.params[k], atol=1e-4), k
         for k in a.buffers:
             assert torch.allclose(a.buffers[k], b.buffers[k], atol=1e-4), k
+
+
+def test_networks_stand_side_by_side_where_a_step_is_little_work():
+    """By the network and by the samples of a step, which a protocol's batch bounds."""
+    task, many = Classification(10), training.MANY
+
+    def together(name, samples, protocol="dsa", **asked):
+        return Trainer(network(name, (1, 28, 28), 10), PROTOCOLS[protocol], task, False, "cpu", **asked).together(
+            samples
+        )
+
+    assert together("convnet-w32", 10) == many and together("convnet-w32", 100) == 1
+    assert together("convnet", 1) == 1  # large alone
+    assert together("convnet-w4", 100_000) == together("convnet-w4", 256)
+    assert together("convnet-w32", 100, together=3) == 3
 
 
 def test_batch_norm_is_judged_with_its_stored_statistics():
