@@ -43,7 +43,6 @@ class Protocol:
         augment: Drawn anew for every step; the operation per step, its parameters per sample.
         rule: `sgd` or `adam`.
         fit: The loss: `cross-entropy`, or `squared` for outputs near centred labels.
-        average: Decay of a running average of the weights, which is what is judged; 0 judges the last weights.
         own: Whether the augmentation is, in place of `augment`, the one that a set was made with.
         lengths: (samples, steps) in place of `steps`: for sets up to so many samples at least so many steps.
     """
@@ -59,7 +58,6 @@ class Protocol:
     augment: Augment = Augment()
     rule: str = "sgd"
     fit: str = "cross-entropy"
-    average: float = 0.0
     lengths: tuple[tuple[int, int], ...] = ()
     own: bool = False
 
@@ -69,7 +67,7 @@ class Protocol:
 
         What protocols could not say at first counts only where it is said, so that older numbers keep theirs.
         """
-        later = {f.name: f.default for f in fields(self) if f.name in ("rule", "fit", "average", "lengths", "own")}
+        later = {f.name: f.default for f in fields(self) if f.name in ("rule", "fit", "lengths", "own")}
         return digest({k: v for k, v in asdict(self).items() if k not in later or v != later[k]})
 
     @property
@@ -83,11 +81,10 @@ class Protocol:
         long = [f"{self.epochs} epochs"] * (self.epochs > 0) + [least] * bool(self.lengths or self.steps)
         rate = f"{self.lr:g}" if self.lr else "at the set's own rate"
         loss = "" if self.fit == "cross-entropy" else f", {self.fit} loss"
-        mean = f", weights averaged over steps ({self.average:g})" if self.average else ""
         rule = {"sgd": "SGD", "adam": "Adam"}[self.rule]
         batch = f"batch {self.batch}" if self.batch else "full batch"
         augment = "the set's own" if self.own else str(self.augment)
-        return f"{', at least '.join(long)}, {rule} {rate}, {batch}{loss}{mean}, augmentation {augment}"
+        return f"{', at least '.join(long)}, {rule} {rate}, {batch}{loss}, augmentation {augment}"
 
     def size(self, samples: int) -> int:
         """Samples in a step."""
@@ -116,6 +113,19 @@ class Protocol:
         return self.lr * min((step + 1) / rise, (total - step) / (total - rise))
 
 
+FREPO = Protocol(  # its authors mirror colour images only: `frepo-flip`
+    "frepo",
+    epochs=0,
+    batch=500,
+    lr=3e-4,
+    momentum=0.0,
+    weight_decay=0.0,
+    schedule="warm",
+    augment=Augment(ops=("color", "crop", "scale", "rotate", "cutout"), brightness=0.5, cutout=0.25, scale=1.25),
+    rule="adam",
+    fit="squared",
+    lengths=((10, 1000), (100, 2000), (500, 5000), (1000, 10_000), (5000, 40_000)),
+)
 PROTOCOLS: dict[str, Protocol] = {
     p.name: p
     for p in (
@@ -124,22 +134,8 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("mtt", epochs=1000, lr=0.0, augment=DSA),
         Protocol("review", epochs=1000, batch=0, own=True),
         Protocol("review-transfer", epochs=1000, batch=0, augment=DSA),
-        Protocol(
-            "frepo",
-            epochs=0,
-            batch=500,
-            lr=3e-4,
-            momentum=0.0,
-            weight_decay=0.0,
-            schedule="warm",
-            augment=Augment(
-                ops=("flip", "color", "crop", "scale", "rotate", "cutout"), brightness=0.5, cutout=0.25, scale=1.25
-            ),
-            rule="adam",
-            fit="squared",
-            average=0.995,
-            lengths=((10, 1000), (100, 2000), (500, 5000), (1000, 10_000), (5000, 40_000)),
-        ),
+        FREPO,
+        replace(FREPO, name="frepo-flip", augment=replace(FREPO.augment, ops=("flip", *FREPO.augment.ops))),
         Protocol("kip", epochs=0, steps=5000, batch=100, fit="squared", schedule="warm", weight_decay=1e-3, lr=0.02),
         Protocol("unrolled", epochs=0),
         Protocol("whole", epochs=10, steps=600, batch=128, lr=0.05, schedule="cycle"),
@@ -262,7 +258,6 @@ class Trainer:
         slow = {**self.optimiser.init(states.params)}
         if "count" in slow:  # one for each network, as every other leaf
             slow["count"] = slow["count"].expand(len(keys)).clone()
-        mean, decay, averaged = tree_map(torch.zeros_like, states.params), self.protocol.average, 0
         # a single set may be a file mapped into memory: no copy of it
         parts = [sets[0][j][None] if len(sets) == 1 else torch.stack([s[j] for s in sets]) for j in (0, 1)]
         x, y = (part.to(self.device) for part in parts)
@@ -277,12 +272,7 @@ class Trainer:
                 rate = torch.tensor(self.protocol.rate(epoch * each + j, epochs * each), device=self.device)
                 inputs = x[rows, at] if prepare is None else prepare(x[rows, at])
                 states, slow, _ = self.step(states, slow, inputs, y[rows, at], drawn, rate)
-                if decay:
-                    mean = tree_map(lambda m, p: decay * m + (1 - decay) * p, mean, states.params)
-                    averaged += 1
                 tick(len(sets))
-        if averaged:
-            states = State(tree_map(lambda m: m / (1 - decay**averaged), mean), states.buffers)
         return [State(*tree_map(lambda t, r=r: t[r], tuple(states))) for r in range(len(sets))]
 
     def score(self, state: State, inputs: Tensor, labels: Tensor, prepare: Prepare) -> float:
