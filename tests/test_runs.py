@@ -191,7 +191,7 @@ def test_rates_of_the_optimiser_fall_along_a_cosine(monkeypatch):
 
 def test_a_run_that_diverges_advises_a_lower_rate(run, monkeypatch):
     monkeypatch.setattr(loop.Still, "step", lambda self, now, i: (now, math.nan))
-    for method, words in (("dd", "optimiser.inputs.lr=0.001"), ("kip", "optimiser.inputs.lr=0.004")):
+    for method, words in (("dd", "optimiser.inputs.lr=0.003"), ("kip", "optimiser.inputs.lr=0.004")):
         with pytest.raises(potstill.Stopped) as caught:
             run(method, method)
         assert f"--set {words}" in str(caught.value) and "\n" not in str(caught.value)
@@ -397,3 +397,33 @@ def test_an_export_with_a_rate_for_each_step_can_be_judged(run, tmp_path):
     (row,) = potstill.evaluate(tmp_path / "set.npz", toy(), networks=["convnet-w4"], protocol="mtt", repeats=1)
     (own,) = potstill.evaluate(made.out, toy(), protocol="mtt", repeats=1)
     assert row.accuracies == own.accuracies
+
+
+def test_random_truncated_windows_run(run):
+    """RaT-BPTT: the end of a window anywhere within the walk."""
+    made = run("dd", settings={"objective.steps": 5, "objective.window": 2, "objective.random_end": True, "objective.rates": "one"})  # fmt: skip
+    assert made.record["steps"] == 6 and bool(made.set.inputs.isfinite().all())
+
+
+def test_a_look_at_a_set_for_one_initialisation_starts_from_it(run):
+    """On the student itself: a narrower one would have other weights than the set was made for."""
+    wide = {"network": "convnet-w40", "student": "convnet-w40", "objective.steps": 2, "objective.real": 4}
+    fresh = run("dd", out="fresh", steps=2, settings=wide)
+    alike = run("dd", out="alike", steps=2, settings={**wide, "source.lifetime": 1000})
+    assert {look["network"] for look in fresh.record["looks"]} == {"convnet-w32"}
+    assert {look["network"] for look in alike.record["looks"]} == {"convnet-w40"}
+
+
+def test_a_kernel_in_closed_form_is_float64_and_not_compiled(run):
+    said = []
+    made = run("kip", steps=2, compile="on", say=said.append)
+    assert (made.record["choices"]["precision"], made.record["choices"]["compile"]) == ("fp64", "off")
+    assert any("kernel in closed form" in line for line in said)
+
+
+@pytest.mark.parametrize(("method", "scale"), [("kip", 1.0), ("frepo", (3 / 10) ** -0.5)])
+def test_labels_begin_at_the_scale_of_their_paper(method, scale):
+    """Three classes: KIP's as its targets are, one-hot less 1/C; FRePo's divided by sqrt(C/10)."""
+    start = still_for(change(METHODS[method]("small"), SMALL[method]), toy()).start
+    hot = torch.eye(3)[torch.tensor([0, 1, 1, 2, 2, 2])] - 1 / 3
+    assert torch.allclose({**start.fixed, **start.learned}["labels"], scale * hot)

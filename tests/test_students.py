@@ -53,8 +53,8 @@ def test_labels_of_every_convention():
         and labels_for("squared", centred, "centred") is centred
     )
     assert torch.allclose(labels_for("cross-entropy", centred, "centred"), soft, atol=1e-6), "there and back"
-    scaled = first_labels(classes, 3, "centred")
-    assert torch.allclose(scaled, (hot - 1 / 3) / math.sqrt(3 / 10))
+    scaled = first_labels(classes, 3, "centred") / math.sqrt(3 / 10)
+    assert torch.allclose(first_labels(classes, 3, "centred"), hot - 1 / 3)
     back = labels_for("cross-entropy", scaled, "centred")
     assert torch.equal(back.argmax(1), classes) and torch.allclose(back.sum(1), torch.ones(4))
 
@@ -362,3 +362,11 @@ def test_hashes_stand_beside_numbers_and_do_not_change():
     frepo = PROTOCOLS["frepo"]
     changes = {"rule": "sgd", "fit": "cross-entropy", "lengths": ()}
     assert len({frepo.hash, *(replace(frepo, **{k: v}).hash for k, v in changes.items())}) == 4
+
+
+def test_a_gram_matrix_that_cannot_be_solved_is_an_error_and_no_accuracy():
+    """Not the share of the first class, which the largest of all NaN is."""
+    set_ = a_set("kip", {"student": "kernel", "objective.ridge": 0.0})
+    same = DistilledSet(set_.inputs[:1].expand(6, -1, -1, -1).clone(), set_.labels, set_.meta)
+    with pytest.raises(PotstillError, match="not positive definite"):
+        Judge(toy(), PROTOCOLS["kip"], repeats=1).set(same, "", "kernel")

@@ -12,7 +12,7 @@ from potstill.networks import State, network
 from potstill.objectives import Net, Real, Sizes, Unrolled
 from potstill.objectives.trajectory import TrajectoryMatching
 from potstill.synthetic import Synthetic, group_index
-from potstill.unroll import adjoint, plain, pull_back, walk
+from potstill.unroll import adjoint, plain, pull_back, pulled, walk
 
 CLASSES, SHAPE = 3, (1, 8, 8)
 
@@ -52,6 +52,52 @@ CASES = {
     "centred": (Unrolled(steps=3, rate=0.1), {"labels": "centred"}),
     "trajectory": (TrajectoryMatching(steps=4, rate=0.1, feed="random", batch=4, augment=DSA), {"labels": "logits"}),
 }
+
+
+@pytest.mark.parametrize("case", ["momentum", "sequence", "trajectory"])
+def test_the_adjoints_gradient_is_that_of_differences(case):
+    """Central differences along a direction through inputs, labels and rates at once."""
+    objective, options = CASES[case]
+    objective, s, real, net, draws = setting(objective, **options)
+    target = objective.target(real, net, draws)
+    objective = type(objective)(**{**vars(objective), "memory": "adjoint"})
+    grads = objective.value_and_grad(s, target, net, draws, ())[1]
+    along = {k: Key(7).fold(k).normal(*v.shape).double() for k, v in s.learned.items()}
+
+    def at(size):
+        return float(objective.value_and_grad(s.at({k: v + size * along[k] for k, v in s.learned.items()}), target, net, draws, ())[0])  # fmt: skip
+
+    size = 1e-6
+    slope = sum(float((grads[k] * along[k]).sum()) for k in grads)
+    assert (at(size) - at(-size)) / (2 * size) == pytest.approx(slope, rel=1e-5) and abs(slope) > 1e-6
+
+
+def test_whole_numbers_in_a_state_are_constants():
+    """Such as a buffer of places: no gradient flows into them, and all others are as they would be without."""
+
+    def step(state, shared, each):
+        weight, places = state
+        return weight - 0.1 * (weight * shared)[places], places
+
+    state, shared = (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2, 0, 1])), torch.tensor([0.5, -1.0, 2.0])
+    end = lambda state: state[0].square().sum()
+    leaf = shared.clone().requires_grad_()
+    now = state
+    for _ in range(3):
+        now = step(now, leaf, ())
+    reached = end(now)
+    (wanted,) = torch.autograd.grad(reached, leaf)
+
+    def slope(state):
+        value, ((weight, places),) = pulled(end, (state,))
+        return (weight, places), value
+
+    for value, total, before in (
+        plain(step, end, state, shared, [()] * 3),
+        adjoint(step, slope, state, shared, [()] * 3),
+    ):
+        assert torch.allclose(total, wanted) and float(value) == pytest.approx(reached.item())
+        assert before[1].tolist() == [0, 0, 0] and before[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("case", CASES)

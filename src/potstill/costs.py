@@ -85,6 +85,7 @@ def measure(row: CostRow, data: Data, compile: bool, precision: str, device: str
     net = build_network(recipe.network, data.shape, data.task.outputs)
     counts = counts_per_group(row.ipc, data.counts)
     exact = choose_precision(precision, device, net)
+    compile = compile and recipe.objective is not None and recipe.objective.needs.network  # as in a run
     settings = Settings(recipe, counts, 0, 0.0, 1000, device, compile, exact, torch.get_num_threads())
     reset_peak(device)
     before = peak_bytes(device)
@@ -120,7 +121,7 @@ def measure(row: CostRow, data: Data, compile: bool, precision: str, device: str
         "peak_bytes": peak,
         "baseline_bytes": before,
         "unroll": still.objective.way,
-        "precision": exact if still.objective.needs.network else "fp64",  # a kernel in closed form has its own
+        "precision": still.precision,
         "compile": "on" if compile else "off",
         "threads": torch.get_num_threads(),
     }

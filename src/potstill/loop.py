@@ -192,7 +192,11 @@ def prepare(
     if ask.minutes is None and ask.compile == "auto":
         seconds = count_flops(lambda: still.step(still.fresh(), 0)) * recipe.steps / EAGER_FLOPS
     on, why = choose_compile(ask.compile, seconds, ask.device)
-    say(f"compile {'on' if on else 'off'} ({why}), precision {precision}")
+    if not still.objective.needs.network:
+        say("compile off, precision fp64 (a kernel in closed form)")
+        on = False
+    else:
+        say(f"compile {'on' if on else 'off'} ({why}), precision {precision}")
     if on:
         still = Still(data, replace(settings, compile=True), start)
         with clock.phase("compile"):

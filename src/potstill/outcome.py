@@ -54,7 +54,7 @@ def record_of(
         "choices": {
             "preset": recipe.preset,
             "compile": "on" if still and still.settings.compile else "off",
-            "precision": still.settings.precision if still else "fp32",
+            "precision": still.precision if still else "fp32",
             "transform": data.transform.name,
             "network": recipe.network,
             "student": recipe.student,

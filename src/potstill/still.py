@@ -20,7 +20,7 @@ from .objectives import ByGroup, Net, Real, Sizes, Uniform
 from .recipe import Recipe, to_dict
 from .records import processor
 from .replay import Experts
-from .students import KERNEL, Ridge, Walker, is_kernel, labels_for, own_kernel
+from .students import KERNEL, Ridge, Walker, is_kernel, labels_for, own_kernel, starts_alike
 from .synthetic import Synthetic, initialise
 from .teacher import School
 from .training import LOOK, Trainer
@@ -74,8 +74,11 @@ class Settings:
 def start_of(school: School, recipe: Recipe, counts: list[int]) -> Synthetic:
     """S before the first step: samples of the school's data, compared in the recipe's space where it chooses them."""
     embed = school.embedding(recipe.space, recipe.network)
-    rates = recipe.objective.start_rates() if recipe.objective is not None else None
-    return initialise(school.data, counts, recipe.init, Key(school.seed).fold("init"), embed, recipe.labels, rates)
+    objective, key = recipe.objective, Key(school.seed).fold("init")
+    if objective is None:
+        return initialise(school.data, counts, recipe.init, key, embed, recipe.labels)
+    rates, scale = objective.start_rates(), objective.label_scale(school.data.task.classes)
+    return initialise(school.data, counts, recipe.init, key, embed, recipe.labels, rates, scale)
 
 
 class Still:
@@ -120,6 +123,11 @@ class Still:
     @property
     def device(self) -> str:
         return self.settings.device
+
+    @property
+    def precision(self) -> str:
+        """In which it computes: that of the networks, or where there are none that of a kernel in closed form."""
+        return self.settings.precision if self.objective.needs.network else "fp64"
 
     @property
     def shown(self) -> Tensor:
@@ -250,8 +258,9 @@ class Still:
         held = self.data.heldout
         if not len(held):
             return None
-        student = self.settings.recipe.student
-        student = student if is_kernel(student) else narrow(student)
+        recipe = self.settings.recipe
+        student, own = recipe.student, is_kernel(recipe.student) or starts_alike(recipe, self.settings.steps)
+        student = student if own else narrow(student)
         set_ = self.set(now.learned, self.settings.steps)
         learner = self.look_student(student, set_)
         labels = labels_for("squared", set_.labels, set_.meta.labels) if is_kernel(student) else set_.labels

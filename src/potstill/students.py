@@ -17,7 +17,7 @@ from .errors import PotstillError
 from .exchange import DistilledSet
 from .functional import Key, to
 from .infinite import kernel
-from .kernels import predict
+from .kernels import check_gram, predict
 from .networks import Network, State
 from .objectives import KernelRidge, Net, Sizes, Unroll
 from .recipe import Recipe, from_dict
@@ -96,6 +96,12 @@ def labels_for(fit: str, labels: Tensor, kind: str) -> Tensor:
     return above / above.sum(1, keepdim=True).clamp(min=1e-12)
 
 
+def starts_alike(recipe: Recipe, steps: int) -> bool:
+    """Whether a run of so many steps trains from the same weights in each: a set for one initialisation."""
+    source = recipe.source
+    return isinstance(source, Pool) and source.size == 1 and source.lifetime >= max(steps, 2) and not source.epochs
+
+
 class Walker:
     """Networks trained by a set's own steps, rates and order of samples: the protocol `unrolled`.
 
@@ -125,9 +131,8 @@ class Walker:
             raise PotstillError(
                 f"the set has {len(self.lr)} learning rates for a walk of {recipe.objective.steps} steps"
             )
-        source, steps = recipe.source, max(set_.meta.steps, 2)
-        fixed = isinstance(source, Pool) and source.size == 1 and source.lifetime >= steps and not source.epochs
-        self.start = Key(set_.meta.seed).fold("source", 0, "weights") if fixed else None
+        alike = starts_alike(recipe, set_.meta.steps)
+        self.start = Key(set_.meta.seed).fold("source", 0, "weights") if alike else None
         groups = torch.repeat_interleave(torch.arange(len(set_.meta.ipc)), torch.tensor(set_.meta.ipc))
         self.index, self.mask = group_index(groups, len(set_.meta.ipc))  # learned labels may say otherwise
         parts = {"augment": recipe.augment, "task": task, "graph": Graphs(compile)}
@@ -203,7 +208,9 @@ class Ridge:
         fitted = []
         for x, y in sets:
             x = (prepare(x) if prepare else x).double()
-            fitted.append((x, self.kernel(x, x), self.task.centred(y).double()))
+            gram = self.kernel(x, x)
+            check_gram(gram, self.ridge)
+            fitted.append((x, gram, self.task.centred(y).double()))
             tick(1)
         return fitted
 

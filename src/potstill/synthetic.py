@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -214,12 +213,10 @@ SHARP = 5.0  # the logit of a sample's own class at the start: a probability of 
 def first_labels(classes: Int64[Tensor, m], count: int, kind: str) -> Tensor:
     """Labels of samples with the given classes (M,), in a convention: (M,) or (M, C).
 
-    Centred labels are one-hot rows less 1/C, divided by sqrt(C/10): so a row's length does not fall with the classes.
-
-    Reference: of that scale, Zhou, Nezhadarya and Ba 2022 (FRePo), in their code.
+    Centred labels are one-hot rows less 1/C.
     """
     hot = torch.nn.functional.one_hot(classes, count).float()
-    return {"logits": SHARP * hot, "centred": (hot - 1 / count) / math.sqrt(count / 10)}.get(kind, classes)
+    return {"logits": SHARP * hot, "centred": hot - 1 / count}.get(kind, classes)
 
 
 def initialise(
@@ -230,6 +227,7 @@ def initialise(
     embed: Embed | None = None,
     kind: str = "hard",
     rates: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Synthetic:
     """The set before its first step.
 
@@ -242,11 +240,14 @@ def initialise(
         embed: In which space training samples are chosen; standardised pixels if absent.
         kind: Convention of the labels; a teacher's soft labels come later, and are hard here.
         rates: Learning rates that the set carries.
+        scale: Of centred labels.
     """
     if init not in INITIALISERS:
         raise unknown("initialiser", init, INITIALISERS)
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     index, mask = group_index(labels, len(counts))
     inputs = INITIALISERS[init](data, counts, key, embed or pixels(data))
-    fixed = {"labels": first_labels(labels, len(counts), kind), **({} if rates is None else {"lr": rates.log()})}
+    first = first_labels(labels, len(counts), kind)
+    first = first * scale if kind == "centred" else first
+    fixed = {"labels": first, **({} if rates is None else {"lr": rates.log()})}
     return Synthetic({"inputs": inputs}, fixed, index, mask, "hard" if kind == "soft" else kind)

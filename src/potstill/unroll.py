@@ -37,32 +37,47 @@ def pulled(function: Callable[..., Tree], args: tuple[Tree, ...], after: Tree | 
 
     Args:
         function: Pure.
-        args: Trees of floating-point tensors.
+        args: Trees of tensors; whole numbers among them are constants, whose gradients are zeros.
         after: Gradient with respect to what it gives; 1, for a scalar, if absent.
 
     Returns:
         What the function gives, without a graph, and the gradients with respect to args.
     """
-    if torch.compiler.is_compiling():
-        made: Any = torch.func.vjp(function, *args)
-        out, pull = made
-        return out, pull(torch.ones_like(out) if after is None else after)
-    args = tree_map(lambda t: t.detach().requires_grad_(), args)
-    with torch.enable_grad():
-        out = function(*args)
     flat, form = pytree.tree_flatten(args)
-    pairs = zip(leaves(out), [None] if after is None else leaves(after), strict=True)
-    ends = [(o, a) for o, a in pairs if o.requires_grad]
-    outs, given = [o for o, _ in ends], [a for _, a in ends]
-    found: Any = torch.autograd.grad(outs, flat, given, allow_unused=True, materialize_grads=True)
-    return detach(out), pytree.tree_unflatten(found, form)
+    floats = [t for t in flat if t.is_floating_point()]
+
+    def run(*values: Tensor) -> Tree:
+        full, used = [], 0
+        for t in flat:
+            full.append(values[used] if t.is_floating_point() else t)
+            used += t.is_floating_point()
+        return function(*pytree.tree_unflatten(full, form))
+
+    if torch.compiler.is_compiling():
+        made: Any = torch.func.vjp(run, *floats)
+        out, pull = made
+        found: Any = pull(torch.ones_like(out) if after is None else after)
+    else:
+        moving = [t.detach().requires_grad_() for t in floats]
+        with torch.enable_grad():
+            out = run(*moving)
+        pairs = zip(leaves(out), [None] if after is None else leaves(after), strict=True)
+        ends = [(o, a) for o, a in pairs if o.requires_grad]
+        outs, given = [o for o, _ in ends], [a for _, a in ends]
+        found = torch.autograd.grad(outs, moving, given, allow_unused=True, materialize_grads=True)
+        out = detach(out)
+    grads, used = [], 0
+    for t in flat:
+        grads.append(found[used] if t.is_floating_point() else torch.zeros_like(t))
+        used += t.is_floating_point()
+    return out, pytree.tree_unflatten(grads, form)
 
 
 def pull_back(step: Step) -> Back:
     """The vector-Jacobian product of one step.
 
     Args:
-        step: Pure; every leaf of state and shared is a floating-point tensor.
+        step: Pure; whole numbers in state and shared, such as a buffer of places, have no gradient.
 
     Returns:
         A function of state, shared, each and the gradient with respect to the state after the step, to the gradients with

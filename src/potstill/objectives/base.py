@@ -162,6 +162,10 @@ class Objective(ABC):
         """Learning rates (1,) or (steps,) that S begins with, for objectives that train on S."""
         return None
 
+    def label_scale(self, classes: int) -> float:
+        """What the centred one-hot labels that S begins with are multiplied by."""
+        return 1.0
+
     @abstractmethod
     def target(self, real: Real, net: Net, draws: Tree) -> Tree:
         """The real side; real is absent where `needs` says so."""

@@ -54,6 +54,10 @@ class KernelRidge(Objective):
     def needs(self) -> Needs:
         return Needs(real=Uniform(self.real), network=self.kernel == FEATURES)
 
+    def label_scale(self, classes: int) -> float:
+        """In FRePo 1/sqrt(C/10), as in its authors' code: a row's length does not fall with the classes. In KIP 1."""
+        return 1 / math.sqrt(classes / 10) if self.kernel == FEATURES else 1.0
+
     def target(self, real: Real, net: Net, draws: Tree) -> Tree:
         rows = real.inputs if self.kernel != FEATURES else net.network.features(net.state, real.inputs, "stored")
         return {"rows": rows, "labels": self.task.centred(real.labels)}

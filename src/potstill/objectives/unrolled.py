@@ -99,7 +99,7 @@ class Unroll(Objective):
         start = self.begin(net)
 
         def peak(way: str, count: int) -> int:
-            one = replace(self, memory=way, window=0, graph=as_it_is)
+            one = replace(self, memory=way, window=0, random_end=False, graph=as_it_is)
 
             def run(start: Tree, learned: Tree, each: Sequence[Tree], target: Tree) -> Tree:
                 return one._differentiate(net.network, s.labels, start, learned, each, target)
