@@ -17,6 +17,7 @@ from potstill.errors import PotstillError
 from potstill.experts import record
 from potstill.export import export_set
 from potstill.functional import Key
+from potstill.kernels import kernel, predict
 from potstill.methods import METHODS
 from potstill.networks import network
 from potstill.objectives import Net
@@ -427,3 +428,27 @@ def test_labels_begin_at_the_scale_of_their_paper(method, scale):
     start = still_for(change(METHODS[method]("small"), SMALL[method]), toy()).start
     hot = torch.eye(3)[torch.tensor([0, 1, 1, 2, 2, 2])] - 1 / 3
     assert torch.allclose({**start.fixed, **start.learned}["labels"], scale * hot)
+
+
+def test_labels_are_solved_for_at_the_end(run):
+    """Those of the saved set make the squared error on the samples of the solve smallest; the run's own are not touched."""
+    plain = run("kip", "plain", steps=2)
+    solved = run("kip", "solved", steps=2, settings={"objective.solve": 24})
+    assert torch.equal(solved.set.inputs, plain.set.inputs) and not torch.allclose(solved.set.labels, plain.set.labels)
+    data = toy().hold_out(0.1)
+    at = Key(0).fold("finish").permutation(len(data.train))[:24]
+    gram, x = kernel("ntk-dense-d1"), solved.set.inputs.double()
+    rows = data.prepare(data.train.inputs[at]).double()
+    wanted = torch.eye(3).double()[data.train.labels[at]] - 1 / 3
+
+    def error(labels):
+        return float((predict(gram(rows, x), gram(x, x), labels.double(), 1e-6) - wanted).square().sum())
+
+    least = error(solved.set.labels)
+    assert least < error(plain.set.labels)
+    for i in range(20):
+        assert error(solved.set.labels + 1e-2 * Key(i).normal(*solved.set.labels.shape)) > least
+    line = refused(run, "frepo", settings={"objective.solve": 3})
+    assert "closed form" in line
+    line = refused(run, "kip", settings={"objective.solve": 3, "labels": "hard", "learn": ["inputs"]})
+    assert "labels = centred" in line

@@ -106,6 +106,10 @@ class Recipe:
                 raise PotstillError(
                     "recipe: this objective needs to know where experts went: source.kind = experts, source.span = 1 or more"
                 )
+            if self.objective.needs.finish and self.labels != "centred":
+                raise PotstillError(
+                    f"recipe: labels that are solved for are centred, not {self.labels}; set labels = centred"
+                )
         for name in ("steps", "looks"):
             if not 0 <= getattr(self, name) <= 10**9:
                 raise PotstillError(f"recipe: {name} = {getattr(self, name)} is below 0 or above 1,000,000,000")

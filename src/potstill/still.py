@@ -249,6 +249,10 @@ class Still:
         """S as it is saved."""
         s = self.synthetic(to(learned, self.device))
         inputs, labels = to(s.take(torch.arange(len(self.start), device=self.device)), "cpu")
+        if (needs := self.objective.needs.finish) is not None:
+            real = self.real(needs, self.key.fold("finish"))
+            with torch.no_grad():
+                labels = to(self.objective.finish(inputs.to(self.device), labels.to(self.device), real), "cpu")  # type: ignore[arg-type]
         meta = describe_set(self.data, self.settings.recipe, self.settings.counts, self.settings.seed, step)
         rates = to(s.rates, "cpu").detach() if "lr" in {**s.fixed, **s.learned} else None
         return DistilledSet(inputs.detach(), labels.detach(), meta, rates, matrix_of(self.data.transform))

@@ -73,12 +73,14 @@ class Needs:
             objectives that use them; no matter without batch norm.
         network: Whether a network is needed.
         goal: Whether its state after more training on T is needed, too.
+        finish: A real batch for `finish`, or none where S is done as it is.
     """
 
     real: ByGroup | Uniform | None
     calibrate: int = 0
     network: bool = True
     goal: bool = False
+    finish: Uniform | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,10 @@ class Objective(ABC):
     def label_scale(self, classes: int) -> float:
         """What the centred one-hot labels that S begins with are multiplied by."""
         return 1.0
+
+    def finish(self, x: Tensor, y: Tensor, real: Real) -> Tensor:
+        """Labels of S as it is judged and saved, from its inputs and labels and the batch that `needs.finish` names."""
+        return y
 
     @abstractmethod
     def target(self, real: Real, net: Net, draws: Tree) -> Tree:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import PotstillError
 from ..functional import Tree, cast
-from ..kernels import kernel, predict
+from ..kernels import kernel, label_solve, predict
 from ..synthetic import Synthetic
 from .base import Needs, Net, Objective, Real, Uniform
 
@@ -33,6 +33,7 @@ class KernelRidge(Objective):
         ridge: The factor lambda.
         margin: Add minus the margin of the learned labels, the largest less the second largest, up to 1/C (FRePo).
         mirror: Let mirrored samples of S stand beside the samples, with the same labels.
+        solve: Real samples for which the labels of S, as it is judged and saved, are solved in closed form; 0 keeps them.
 
     Reference: Nguyen, Chen and Lee 2021, Dataset Meta-Learning from Kernel Ridge-Regression (ICLR), eq. 7; Zhou, Nezhadarya
     and Ba 2022, Dataset Distillation using Neural Feature Regression (NeurIPS), eq. 3 and section 3.
@@ -43,16 +44,28 @@ class KernelRidge(Objective):
     ridge: float = 1e-6
     margin: bool = False
     mirror: bool = False
+    solve: int = 0
 
     def __post_init__(self) -> None:
         if self.kernel != FEATURES:
             kernel(self.kernel)
         if not 0 <= self.ridge < math.inf:
             raise PotstillError(f"objective.ridge = {self.ridge:g} is no finite number of 0 or more; 1e-6 is usual")
+        if self.solve < 0 or (self.solve and self.kernel == FEATURES):
+            raise PotstillError(
+                f"objective.solve = {self.solve}: 0 or more, and labels are solved for by a kernel in closed form"
+            )
 
     @property
     def needs(self) -> Needs:
-        return Needs(real=Uniform(self.real), network=self.kernel == FEATURES)
+        finish = Uniform(self.solve) if self.solve else None
+        return Needs(real=Uniform(self.real), network=self.kernel == FEATURES, finish=finish)
+
+    def finish(self, x: Tensor, y: Tensor, real: Real) -> Tensor:
+        gram = kernel(self.kernel)
+        rows, x = real.inputs.double(), x.double()
+        targets = self.task.centred(real.labels).double()
+        return label_solve(gram(rows, x), gram(x, x), targets, self.ridge).to(y.dtype)
 
     def label_scale(self, classes: int) -> float:
         """In FRePo 1/sqrt(C/10), as in its authors' code: a row's length does not fall with the classes. In KIP 1."""
