@@ -57,7 +57,8 @@ def main() -> None:
     if isinstance(recipe.source, Experts):
         recipe.source.check(net, data)
     counts, precision = counts_per_group(args.ipc, data.counts), choose_precision("auto", "cpu", net)
-    settings = Settings(recipe, counts, 0, 0.1, 1000, "cpu", args.compile == "on", precision, args.threads)
+    on = args.compile == "on" and recipe.objective.needs.network  # as in a run
+    settings = Settings(recipe, counts, 0, 0.1, 1000, "cpu", on, precision, args.threads)
     still, begin = Still(data, settings), time.perf_counter()
     now, took = still.fresh(), []
     for i in range(6):
@@ -87,10 +88,10 @@ def main() -> None:
             break
     if reached is None:
         print(f"{args.method}: {args.goal:g} not reached in {kept[-1][0]:.0f} s")
-    print(f"compiling and the first six steps: {warm:.0f} s; {precision}, {args.threads} threads")
+    print(f"compiling and the first six steps: {warm:.0f} s; {still.precision}, {args.threads} threads")
     if args.json:
         shown = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k != "json"}
-        record = {"asked": shown, "warm_seconds": warm, "precision": precision, "software": software("cpu"), "kept": rows, "reached": reached}  # fmt: skip
+        record = {"asked": shown, "warm_seconds": warm, "precision": still.precision, "software": software("cpu"), "kept": rows, "reached": reached}  # fmt: skip
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
