@@ -548,6 +548,7 @@ def test_a_reason_names_no_path_of_this_machine(root, tmp_path, monkeypatch):
     for out in (tmp_path / "results", Path("results")):
         line = reason(PotstillError(f"kept in {tmp_path}/results/runs/one"), out)
         assert line == "kept in runs/one"
+    assert reason(PotstillError("no /data/a/b in docs/methods/x"), Path("a")) == "no /data/a/b in docs/methods/x"
 
 
 def test_findings_about_other_cells_are_left_out(root, tmp_path):

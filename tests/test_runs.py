@@ -406,6 +406,21 @@ def test_random_truncated_windows_run(run):
     assert made.record["steps"] == 6 and bool(made.set.inputs.isfinite().all())
 
 
+def test_a_checkpoint_from_before_a_field_is_gone_on_from(run, monkeypatch):
+    """The field has its default."""
+    plain = still.Settings.plain
+
+    def older(self, data):
+        found = plain(self, data)
+        del found["recipe"]["objective"]["solve"]
+        return found
+
+    monkeypatch.setattr(still.Settings, "plain", older)
+    run("kip", steps=2)
+    monkeypatch.undo()
+    assert run("kip", steps=2, resume=True).record["steps"] == 2
+
+
 def test_a_look_at_a_set_for_one_initialisation_starts_from_it(run):
     """On the student itself: a narrower one would have other weights than the set was made for."""
     wide = {"network": "convnet-w40", "student": "convnet-w40", "objective.steps": 2, "objective.real": 4}
@@ -413,6 +428,8 @@ def test_a_look_at_a_set_for_one_initialisation_starts_from_it(run):
     alike = run("dd", out="alike", steps=2, settings={**wide, "source.lifetime": 1000})
     assert {look["network"] for look in fresh.record["looks"]} == {"convnet-w32"}
     assert {look["network"] for look in alike.record["looks"]} == {"convnet-w40"}
+    other = run("dd", out="other", steps=2, settings={**wide, "source.lifetime": 1000, "protocol": "dsa"})
+    assert {look["network"] for look in other.record["looks"]} == {"convnet-w32"}
 
 
 def test_a_kernel_in_closed_form_is_float64_and_not_compiled(run):
@@ -420,6 +437,8 @@ def test_a_kernel_in_closed_form_is_float64_and_not_compiled(run):
     made = run("kip", steps=2, compile="on", say=said.append)
     assert (made.record["choices"]["precision"], made.record["choices"]["compile"]) == ("fp64", "off")
     assert any("kernel in closed form" in line for line in said)
+    again = run("kip", steps=2, compile="on", resume=True)
+    assert torch.equal(again.set.inputs, made.set.inputs)
 
 
 @pytest.mark.parametrize(("method", "scale"), [("kip", 1.0), ("frepo", (3 / 10) ** -0.5)])

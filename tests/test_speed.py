@@ -1,6 +1,7 @@
 """`potstill speed`: phases, counted operations, and what is refused."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -10,6 +11,7 @@ from potstill.data import load_data
 from potstill.errors import PotstillError
 from potstill.functional import Key
 from potstill.recipe import change, find
+from potstill.rows import CostRow
 from potstill.still import Settings, Still
 
 NET = "convnet-w4"
@@ -58,9 +60,27 @@ def test_the_phases_of_methods_and_their_share(capsys, tmp_path):
     assert "real side" in out and "matrix product, fp64" in out
 
 
-def test_a_method_that_fails_is_a_line_of_the_table(capsys):
-    assert cli.main(["speed", "digits", "--methods", "dm", "--set", "objective.real=0", "--repeats", "1"]) == 0
-    assert "failed" in capsys.readouterr().out
+def test_a_method_that_cannot_have_a_setting_is_a_line_of_the_table(capsys):
+    asked = ["--methods", "dm,frepo", "--set", "objective.margin=false", "--network", "widenet-w4", "--repeats", "1"]
+    assert cli.main(["speed", "digits", *asked]) == 0
+    dm, frepo = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("dm  ", "frepo  "))]
+    assert "failed" in dm and "objective.margin" in dm and "failed" not in frepo and "fp32" in frepo
+
+
+def test_times_are_kept_where_counting_operations_ends_the_process(monkeypatch):
+    """By a limit of time or by the system."""
+    row = CostRow("dm", "digits", 1, network=NET, preset="small", repeats=1, limit_seconds=5.0)
+    kept = '{"status": "done", "step_seconds": 1.0}\n'
+
+    def late(*args, **options):
+        raise subprocess.TimeoutExpired("python", 5.0, output=kept.encode())
+
+    monkeypatch.setattr(costs.subprocess, "run", late)
+    assert costs.in_own_process(row, "digits", None, False, "auto")["step_seconds"] == 1.0
+    monkeypatch.setattr(
+        costs.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess([], -9, kept + '{"sta', "")
+    )
+    assert costs.in_own_process(row, "digits", None, False, "auto")["status"] == "done"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +92,8 @@ def test_a_method_that_fails_is_a_line_of_the_table(capsys):
         (["--ipc", "0"], "--ipc 0"),
         (["--network", "convnet-w4-d9"], "too deep"),
         (["--json", "/"], "--json"),
+        (["--methods", "dm", "--set", "objective.nonsense=1"], "objective.nonsense"),
+        (["--methods", "dm", "--set", "objective.real=0"], "below 1"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_measured(options, named, capsys):

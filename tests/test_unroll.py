@@ -72,8 +72,10 @@ def test_the_adjoints_gradient_is_that_of_differences(case):
     assert (at(size) - at(-size)) / (2 * size) == pytest.approx(slope, rel=1e-5) and abs(slope) > 1e-6
 
 
-def test_whole_numbers_in_a_state_are_constants():
+@pytest.mark.parametrize("compiling", [False, True])
+def test_whole_numbers_in_a_state_are_constants(compiling, monkeypatch):
     """Such as a buffer of places: no gradient flows into them, and all others are as they would be without."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
 
     def step(state, shared, each):
         weight, places = state
@@ -89,7 +91,7 @@ def test_whole_numbers_in_a_state_are_constants():
     (wanted,) = torch.autograd.grad(reached, leaf)
 
     def slope(state):
-        value, ((weight, places),) = pulled(end, (state,))
+        value, ((weight, places),) = pulled(end, (state,))  # as an objective's slope
         return (weight, places), value
 
     for value, total, before in (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -295,7 +296,7 @@ def reason(error: BaseException, out: Path | None = None) -> str:
     """An error in a line for a record: no path of this machine in it, and what lies in the results folder from there."""
     line = next(iter(str(error).splitlines()), "")
     for folder in (out.absolute(), out) if out is not None and out != Path() else ():
-        line = line.replace(f"{folder}{os.sep}", "")
+        line = re.sub(rf"(?<![\w./-]){re.escape(f'{folder}{os.sep}')}", "", line)
     return placeless(line)[:300]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -129,16 +130,16 @@ def _shared(bench: Bench, judge: Judge, role: str, set_: DistilledSet, name: str
     def run() -> Result:
         return judge.random(set_, name) if role == "random" else judge.k_means(set_, name)
 
-    if is_kernel(name) or protocol.name == "unrolled":  # there the set itself has a say
-        return run
+    if is_kernel(name) or ":" in name or protocol.name == "unrolled":
+        return run  # where the set itself has a say, or code from outside may change under its name
     data, how = judge.data, [judge.repeats, judge.seed, judge.device, judge.compile, judge.precision]
     what = [role, data.fingerprint, describe(data.transform), set_.meta.ipc, name]
     mark = digest([*what, *how, asdict(protocol), fit_of(name, protocol, set_)])
 
     def kept() -> Result:
         file = bench.out / "baselines" / f"{mark}.json"
-        if file.exists():
-            return Result(**read_json(file))
+        with suppress(OSError, PotstillError, TypeError):  # not there, or of another form: measured again
+            return replace(Result(**read_json(file)), dataset=data.name)
         file.parent.mkdir(parents=True, exist_ok=True)
         result = run()
         write_json(file, asdict(result))

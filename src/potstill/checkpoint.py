@@ -19,7 +19,7 @@ from .data import Data
 from .errors import PotstillError
 from .exchange import HEADER, pack, read_tensors, unpack
 from .measure import Clock
-from .recipe import Recipe, to_dict
+from .recipe import Recipe, from_dict, to_dict
 from .replay import Experts
 from .still import Now, Still
 
@@ -178,7 +178,7 @@ def check_same(
     now |= {"fingerprint": data.fingerprint, "transform": data.transform.name}
     if ask.steps is not None or "steps" in ask.settings:
         now["steps"] = recipe.steps
-    if ask.compile != "auto":
+    if ask.compile != "auto" and (recipe.objective is None or recipe.objective.needs.network):
         now["compile"] = ask.compile == "on"
     if ask.precision != "auto":
         now["precision"] = ask.precision
@@ -186,7 +186,8 @@ def check_same(
         "transform": "standardise",
         "experts": None,
         **pinned,
-        "recipe": {**pinned["recipe"], "steps": to_dict(recipe)["steps"]},
+        # what a recipe could not say when the run began, it says by its default
+        "recipe": {**to_dict(from_dict(pinned["recipe"], recipe)), "steps": to_dict(recipe)["steps"]},
     }
     for name, value in now.items():
         if then[name] != value:

@@ -71,11 +71,26 @@ def recipe_of(row: CostRow, data: Data) -> Recipe:
     return replace(recipe, source=Stretch(span=1)) if isinstance(recipe.source, Experts) else recipe
 
 
-def measure(row: CostRow, data: Data, compile: bool, precision: str, device: str = "cpu") -> dict[str, Any]:
+def measure(
+    row: CostRow,
+    data: Data,
+    compile: bool,
+    precision: str,
+    device: str = "cpu",
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
     """Seconds of steps and of the loss alone, and the peak of memory, in this process.
 
     The step is the loop's whole: a network is fetched and trained on, real samples and augmentation are drawn, S is
     updated. The loss alone is target, loss and gradient with respect to what is learned, everything else given.
+
+    Args:
+        row: What is measured.
+        data: Its data.
+        compile: Whether the step is compiled.
+        precision: `auto`, `fp32` or `bf16`.
+        device: Where.
+        keep: Receives everything but the counted operations before these are counted, which takes some steps' time.
 
     Returns:
         `step_seconds` and `loss_seconds`, medians of `times`; `phases`, the median and the floating-point operations of
@@ -112,12 +127,13 @@ def measure(row: CostRow, data: Data, compile: bool, precision: str, device: str
     kept = {name: [round(t, 6) for t in found[WARM:]] for name, found in times.items()}
     middle = {name: round(median(found), 6) for name, found in kept.items()}
     peak = peak_bytes(device)  # before operations are counted, which keeps more than a step does
-    return {
+    found: dict[str, Any] = {
         "status": DONE,
+        "network": net.name if still.objective.needs.network else None,
         "step_seconds": middle["step"],
         "loss_seconds": middle["loss"],
         "times": kept,
-        "phases": {name: {"seconds": middle[name], "flops": n} for name, n in _counted(still, now).items()},
+        "phases": {name: {"seconds": middle[name], "flops": None} for name in PHASES},
         "peak_bytes": peak,
         "baseline_bytes": before,
         "unroll": still.objective.way,
@@ -125,6 +141,9 @@ def measure(row: CostRow, data: Data, compile: bool, precision: str, device: str
         "compile": "on" if compile else "off",
         "threads": torch.get_num_threads(),
     }
+    keep(found)
+    counted = _counted(still, now)
+    return {**found, "phases": {name: {"seconds": middle[name], "flops": counted[name]} for name in PHASES}}
 
 
 def operations(still: Still, now: Now) -> dict[str, float]:
@@ -184,17 +203,24 @@ def in_own_process(
         done = subprocess.run(
             command, input=json.dumps(request), capture_output=True, text=True, timeout=row.limit_seconds, check=False
         )
-    except subprocess.TimeoutExpired:
-        return {"status": TIME, "reason": f"longer than {row.limit_seconds:g} s"}
-    answer = done.stdout.strip().splitlines()[-1:] or [""]
-    try:
-        found = json.loads(answer[0])
-    except ValueError:
-        if done.returncode == -9:  # the system's own answer to too little memory
-            return {"status": MEMORY, "reason": "killed by the system"}
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"status": FAILED, "reason": last[:300]}
-    return dict(found)
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout or b""
+        late_answer = _last(said.decode(errors="replace") if isinstance(said, bytes) else said)
+        return late_answer or {"status": TIME, "reason": f"longer than {row.limit_seconds:g} s"}
+    if (found := _last(done.stdout)) is not None:
+        return found
+    if done.returncode == -9:  # the system's own answer to too little memory
+        return {"status": MEMORY, "reason": "killed by the system"}
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return {"status": FAILED, "reason": last[:300]}
+
+
+def _last(said: str) -> dict[str, Any] | None:
+    """The last whole answer of a process: the times come first, once more with operations when these are counted."""
+    for line in reversed(said.strip().splitlines()):
+        with suppress(ValueError):
+            return dict(json.loads(line))
+    return None
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -220,7 +246,7 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
         keep_memory()
         data = load(request["data"], request["root"])
         _limit()
-        return measure(row, data, request["compile"], request["precision"], request["device"])
+        return measure(row, data, request["compile"], request["precision"], request["device"], _say)
     except PotstillError as error:
         return {"status": FAILED, "reason": str(error)}
     except (MemoryError, RuntimeError) as error:
@@ -229,9 +255,13 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
         raise
 
 
+def _say(found: dict[str, Any]) -> None:
+    print(json.dumps(found), flush=True)
+
+
 def _total() -> str:
     return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
 
 
 if __name__ == "__main__":
-    print(json.dumps(_answer(json.load(sys.stdin))), flush=True)
+    _say(_answer(json.load(sys.stdin)))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .compiling import check_device, choose_compile, choose_precision
-from .costs import DONE, PHASES, in_own_process
+from .costs import DONE, PHASES, in_own_process, recipe_of
 from .errors import PotstillError, unknown
 from .loaders import load
 from .methods import METHODS, PRESETS
@@ -103,21 +103,31 @@ def speed(
     found = load(data, data_root)
     if network is not None:
         choose_precision(precision, device, build_network(network, found.shape, found.task.outputs))
+    asked = [
+        CostRow(name, data, ipc, "full", "plain", network or "", preset, repeats, limit_seconds, dict(settings or {}))
+        for name in names
+    ]
+    refused = []
+    for row in asked:
+        try:
+            recipe_of(row, found)
+        except PotstillError as error:
+            refused.append(error)
+    if len(refused) == len(asked):
+        raise refused[0]
     yardstick: dict[str, float] = {}
     rows = []
-    for name in names:
-        say(f"{name}: {2 + repeats} steps" + (", compiled first" if on else ""))
-        row = CostRow(
-            name, data, ipc, "full", "plain", network or "", preset, repeats, limit_seconds, dict(settings or {})
-        )
+    for row in asked:
+        say(f"{row.method}: {2 + repeats} steps" + (", compiled first" if on else ""))
         measured = in_own_process(row, data, data_root, on, precision, device)
         if measured["status"] == DONE:
             exact = measured["precision"]
             yardstick.setdefault(exact, matrix_product(exact, device))
             for phase in measured["phases"].values():
-                rate = (phase["flops"] or 0.0) / phase["seconds"] if phase["seconds"] else 0.0
-                phase["share"] = round(rate / yardstick[exact], 4)
-        rows.append({"method": name, "data": data, "ipc": ipc, "preset": preset, "network": network, **measured})
+                done, took = phase["flops"], phase["seconds"]
+                phase["share"] = round(done / took / yardstick[exact], 4) if done is not None and took else None
+        head = {"method": row.method, "data": data, "ipc": ipc, "preset": preset, "settings": dict(row.settings)}
+        rows.append({**head, **measured})
     return {
         "format": FORMAT,
         "kind": "speed",

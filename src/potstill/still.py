@@ -263,7 +263,8 @@ class Still:
         if not len(held):
             return None
         recipe = self.settings.recipe
-        student, own = recipe.student, is_kernel(recipe.student) or starts_alike(recipe, self.settings.steps)
+        walks = recipe.protocol == "unrolled" and starts_alike(recipe, self.settings.steps)
+        student, own = recipe.student, walks or is_kernel(recipe.student)
         student = student if own else narrow(student)
         set_ = self.set(now.learned, self.settings.steps)
         learner = self.look_student(student, set_)

@@ -54,9 +54,15 @@ def pulled(function: Callable[..., Tree], args: tuple[Tree, ...], after: Tree | 
         return function(*pytree.tree_unflatten(full, form))
 
     if torch.compiler.is_compiling():
-        made: Any = torch.func.vjp(run, *floats)
-        out, pull = made
-        found: Any = pull(torch.ones_like(out) if after is None else after)
+
+        def split(*values: Tensor) -> tuple[list[Tensor], Tree]:
+            out = run(*values)
+            return [o for o in leaves(out) if o.is_floating_point()], out
+
+        made: Any = torch.func.vjp(split, *floats, has_aux=True)
+        _, pull, out = made
+        along = [torch.ones_like(out)] if after is None else [a for a in leaves(after) if a.is_floating_point()]
+        found: Any = pull(along)
     else:
         moving = [t.detach().requires_grad_() for t in floats]
         with torch.enable_grad():
