@@ -366,6 +366,24 @@ def test_a_budget_a_pattern_and_data_that_stand_for_others(root, tmp_path, short
     assert records(tmp_path)["performance/cifar10/random/2"]["data"] == "toy", "what they stand for names the cell only"
 
 
+def test_other_students_in_place_of_the_rows_own(root, tmp_path, short):
+    work = bench_of(tmp_path, HEAD + RANDOM)
+    with pytest.raises(PotstillError, match="a table of performance has one network"):
+        work.suites[0].judged_with(["mlp-w4", "mlp-w8"])
+    other = replace(work, suites=[work.suites[0].judged_with(["mlp-w4"])])
+    assert other.run(other.plan()) == {"done": 1}
+    (record,) = records(tmp_path).values()
+    assert [r["network"] for r in record["results"]] == ["mlp-w4"] and record["command"].endswith("--networks mlp-w4")
+    assert work.plan()[0].fate == "to do" and other.plan()[0].fate == "kept"
+
+
+def test_a_reason_that_cells_share_is_said_once(root, tmp_path):
+    lost = RANDOM.replace('"toy"', '"lost.npz"')
+    work = bench_of(tmp_path, HEAD + lost + lost.replace("ipc = 2", "ipc = 3"))
+    first, second, total = planned(work.plan()).splitlines()
+    assert "absent: " in first and second.endswith("  absent") and total.startswith("0 of 2")
+
+
 def test_experts_are_recorded_once_and_shared(root, tmp_path, short, monkeypatch):
     head = '[experts.e]\ndata = "toy"\nnetwork = "convnet-w4"\ncount = 1\nepochs = 3\nbatch = 16\n'
     row = DM.replace('"dm"', '"mtt"').replace(

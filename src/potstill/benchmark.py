@@ -262,6 +262,7 @@ class Benchmark:
         name, b = cell.row.data, self.bench
         parts = ["potstill", "benchmark", cell.suite.called, "--only", self.name(cell.suite, cell.row)]
         parts += ["--data", f"{name}={b.exchange[name]}"] if name in b.exchange else []
+        parts += ["--networks", ",".join(cell.suite.networks)] if cell.suite.networks else []
         return placeless(shlex.join([*parts, *([] if b.zoo or isinstance(cell.row, CostRow) else ["--no-zoo"])]))
 
     def _caught(self, cell: Cell, record: Record, file: Path) -> Record:
@@ -308,11 +309,13 @@ def placeless(line: str) -> str:
 
 
 def planned(cells: Sequence[Cell]) -> str:
-    """A plan for people: every cell, its minutes and fate, and the sum of what is to do."""
-    rows = [
-        (Benchmark.name(c.suite, c.row), f"{c.minutes:.1f}", c.fate + (f": {c.reason}" if c.reason else ""))
-        for c in cells
-    ]
+    """A plan for people: every cell, its minutes and fate, and the sum of what is to do. A reason that many cells share is
+    given once."""
+    rows, given = [], set[str]()
+    for c in cells:
+        why = f": {c.reason}" if c.reason and c.reason not in given else ""
+        rows.append((Benchmark.name(c.suite, c.row), f"{c.minutes:.1f}", c.fate + why))
+        given.add(c.reason)
     wide = max((len(r[0]) for r in rows), default=0)
     lines = [f"{name:{wide}}  {minutes:>6} min  {fate}" for name, minutes, fate in rows]
     todo = [c for c in cells if c.fate == TODO]

@@ -127,6 +127,7 @@ def parser() -> Parser:
     b.add_argument("--only", metavar="GLOB", help="cells such as '*/dm/1' or 'cost/*'")
     b.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/NAME)")
     b.add_argument("--minutes", type=float, help="leave out cells beyond this budget")
+    b.add_argument("--networks", default="", metavar="A,B", help="judge with these in place of the rows' own")
     b.add_argument("--no-zoo", action="store_true", help="make every set, also those that the zoo has")
     b.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
     b.add_argument(
@@ -256,6 +257,8 @@ def _benchmark(args: argparse.Namespace) -> None:
         raise PotstillError(f"--data {wrong[0]}: NAME=OTHER is needed, such as cifar10=hf:cifar10-jpeg75")
     home = shipped("benchmarks")
     found = suites(args.name, [home / "rows"] if home else [])
+    if students := listed(args.networks):
+        found = [suite.judged_with(students) for suite in found]
     bench = Bench(
         args.out or Path("results") / Path(args.name).stem, exchange, not args.no_zoo, args.data_root, args.device,
         args.compile, args.precision, say, progress_bar,

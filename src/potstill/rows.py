@@ -6,7 +6,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,8 @@ class Recording:
 
 @dataclass(frozen=True)
 class Suite:
-    """The rows of one file; `called` is what `potstill benchmark` takes to find them."""
+    """The rows of one file; `called` is what `potstill benchmark` takes to find them, `networks` what was asked for in
+    place of the rows' own."""
 
     name: str
     title: str
@@ -144,6 +145,21 @@ class Suite:
     rows: tuple[Row | CostRow, ...]
     experts: Mapping[str, Recording]
     called: str
+    networks: tuple[str, ...] = ()
+
+    def judged_with(self, networks: Sequence[str]) -> Suite:
+        """The same rows with other students, such as narrow ones where the rows' own are beyond the machine.
+
+        Args:
+            networks: One for a table of performance; several where networks are compared.
+
+        Raises:
+            PotstillError: Several for a table that has room for one.
+        """
+        if self.table == "performance" and len(networks) > 1:
+            raise PotstillError(f"--networks {','.join(networks)}: a table of performance has one network")
+        rows = (replace(r, networks=tuple(networks)) if isinstance(r, Row) else r for r in self.rows)
+        return replace(self, rows=tuple(rows), networks=tuple(networks))
 
 
 def suites(name: str, places: Sequence[Path]) -> list[Suite]:
