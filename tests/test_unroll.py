@@ -1,9 +1,15 @@
 """The unroll: a step against torch.optim, the adjoint against autograd, windows, feeds and rates."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from potstill.compiling import Graphs
 from potstill.data import Classification
 from potstill.errors import PotstillError
 from potstill.functional import Key, leaves, tree_map
@@ -21,12 +27,14 @@ def double(tree):
     return tree_map(lambda t: t.double() if t.is_floating_point() else t, tree)
 
 
-def setting(objective, norm="instance", labels="hard", per_class=2, learn=("inputs", "labels", "lr")):
+def setting(
+    objective, norm="instance", labels="hard", per_class=2, learn=("inputs", "labels", "lr"), name="convnet-{}-w6-d2"
+):
     """An objective bound to a small network, a small S and a real batch, all in float64."""
     squared = labels == "centred"
     task = Classification(CLASSES, "squared" if squared else "cross-entropy")
     objective = type(objective)(**{**vars(objective), "task": task})
-    net = network(f"convnet-{norm}-w6-d2", SHAPE, CLASSES)
+    net = network(name.format(norm), SHAPE, CLASSES)
     groups = torch.arange(CLASSES).repeat_interleave(per_class)
     index, mask = group_index(groups, CLASSES)
     parts = {"inputs": Key(1).normal(len(groups), *SHAPE), "lr": objective.start_rates().log()}
@@ -100,6 +108,32 @@ def test_whole_numbers_in_a_state_are_constants(compiling, monkeypatch):
     ):
         assert torch.allclose(total, wanted) and float(value) == pytest.approx(reached.item())
         assert before[1].tolist() == [0, 0, 0] and before[0].abs().sum() > 0
+
+
+def compiled_against_eager():
+    """Each piece of the adjoint is a graph of its own; the graphs are made once and serve other values."""
+    objective, s, real, net, draws = setting(CASES["momentum"][0], name="mlp-w8")
+    ways = [type(objective)(**{**vars(objective), "memory": "adjoint", "graph": Graphs(on)}) for on in (False, True)]
+    for factor in (1.0, 0.5):
+        moved = s.at({k: factor * v for k, v in s.learned.items()})
+        (value, grads, _), (other, found, _) = (
+            o.value_and_grad(moved, o.target(real, net, draws), net, draws, ()) for o in ways
+        )
+        torch.testing.assert_close((other, found), (value, grads), rtol=1e-9, atol=1e-12)
+    assert set(ways[1].graph.made) == {"step", "back", "end"}
+
+
+@pytest.mark.compiled
+def test_the_compiled_adjoint_is_the_one_that_is_not(tmp_path):
+    """In a process without the checks of shapes, which a compiler does not get through."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_unroll; test_unroll.compiled_against_eager()"],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("case", CASES)
