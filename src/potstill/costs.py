@@ -36,12 +36,8 @@ from .still import Now, Settings, Still
 from .synthetic import counts_per_group
 
 DONE, FAILED, MEMORY, TIME = "done", "failed", "out of memory", "out of time"
-PHASES = (
-    "draws",
-    "real",
-    "synthetic",
-    "update",
-)  # of a step: what is drawn, the real side, loss and gradient, all that moves
+# of a step: what is drawn, the real side, loss and gradient, all that moves
+PHASES = ("draws", "real", "synthetic", "update")
 WARM = 2  # steps before the timed ones: compiling, first allocations
 
 

@@ -62,7 +62,7 @@ def speed(
     data_root: str | Path | None = None,
     device: str = "cpu",
     precision: str = "auto",
-    compile: str = "on",
+    compile: str = "auto",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure the steps of methods by phase, each method in a process of its own.

@@ -170,7 +170,7 @@ class Trainer:
                 f"protocol '{protocol.name}' trains with the rate that a set has learned; this one has none"
             )
         self.net, self.protocol, self.task, self.device = net, protocol, replace(task, fit=protocol.fit), device
-        self.asked = together
+        self.side_by_side = together
         self.optimiser: SGD | Adam = SGD(protocol.lr, protocol.momentum, protocol.weight_decay)
         if protocol.rule == "adam":
             self.optimiser = Adam(protocol.lr, weight_decay=protocol.weight_decay)
@@ -207,8 +207,8 @@ class Trainer:
 
         One graph for all spares what each call costs; convolutions for several networks at once are slower than for one.
         """
-        if self.asked:
-            return self.asked
+        if self.side_by_side:
+            return self.side_by_side
         each = sample_flops(self.net)
         return 1 if each > LARGE or each * self.protocol.size(samples) > LITTLE else MANY
 
