@@ -67,6 +67,8 @@ class Ask:
     device: str = "cpu"
     precision: str = "auto"
     compile: str = "auto"
+    parallel: str = "alone"
+    ranks: int = 1
 
 
 def ours(name: str) -> bool:
@@ -115,8 +117,9 @@ def open_folder(out: Path, resume: bool, force: bool, ours: Callable[[str], bool
             (out / name).unlink()
 
 
-def save_checkpoint(out: Path, still: Still, progress: Progress, clock: Clock) -> None:
-    """A usable set, then the state that a resumed run begins with; each file whole or not at all."""
+def save_checkpoint(out: Path, still: Still, progress: Progress, clock: Clock, others: Sequence[Any] = ()) -> None:
+    """A usable set, then the state that a resumed run begins with, with what other ranks have of their own; each file whole
+    or not at all."""
     step, now = progress.at
     still.set(now.learned, step).save(out / "set.safetensors")
     records.write_whole(out / "snapshots.safetensors", encode({f"{s:08d}": x for s, x in progress.snapshots.items()}))
@@ -126,6 +129,7 @@ def save_checkpoint(out: Path, still: Still, progress: Progress, clock: Clock) -
         "settings": still.settings.plain(still.data),
         "step": step,
         "now": pack(tuple(now), tensors),
+        **({"ranks": pack(list(others), tensors)} if others else {}),
         "losses": pack(progress.losses[:step], tensors),
         "snapshots": pack({str(s): x for s, x in progress.snapshots.items()}, tensors),
         "looks": progress.looks,
@@ -134,8 +138,8 @@ def save_checkpoint(out: Path, still: Still, progress: Progress, clock: Clock) -
     records.write_whole(out / "checkpoint.safetensors", encode(tensors, metadata={HEADER: json.dumps(header)}))
 
 
-def load_checkpoint(out: Path) -> tuple[dict[str, Any], Progress] | None:
-    """Pinned settings and progress, or nothing where no checkpoint was written yet.
+def load_checkpoint(out: Path, rank: int = 0) -> tuple[dict[str, Any], Progress] | None:
+    """Pinned settings and a rank's progress, or nothing where no checkpoint was written yet.
 
     Raises:
         PotstillError: The file is damaged.
@@ -156,7 +160,10 @@ def load_checkpoint(out: Path) -> tuple[dict[str, Any], Progress] | None:
         losses = torch.full((max(settings["steps"], step),), math.nan, dtype=torch.float64)
         losses[:step] = unpack(header["losses"], tensors)
         snapshots = {int(s): x for s, x in unpack(header["snapshots"], tensors).items()}
-        progress = Progress((step, Now(*unpack(header["now"], tensors))), losses, header["looks"], snapshots)
+        now, others = Now(*unpack(header["now"], tensors)), unpack(header.get("ranks", {"list": []}), tensors)
+        if rank and rank <= len(others):
+            now = now._replace(own=others[rank - 1][0], pool=others[rank - 1][1])
+        progress = Progress((step, now), losses, header["looks"], snapshots)
         return {**settings, "seconds": header["seconds"]}, progress
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if isinstance(error, PotstillError):
@@ -176,6 +183,7 @@ def check_same(
     source = recipe.source
     now["experts"] = source.trajectories.mark if isinstance(source, Experts) else None
     now |= {"fingerprint": data.fingerprint, "transform": data.transform.name}
+    now |= {"parallel": ask.parallel, "ranks": ask.ranks}
     if ask.steps is not None or "steps" in ask.settings:
         now["steps"] = recipe.steps
     if ask.compile != "auto" and (recipe.objective is None or recipe.objective.needs.network):
@@ -185,6 +193,8 @@ def check_same(
     then = {
         "transform": "standardise",
         "experts": None,
+        "parallel": "alone",
+        "ranks": 1,
         **pinned,
         # what a recipe could not say when the run began, it says by its default
         "recipe": {**to_dict(from_dict(pinned["recipe"], recipe)), "steps": to_dict(recipe)["steps"]},

@@ -8,13 +8,16 @@ import os
 import sys
 import tomllib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .errors import PotstillError, Stopped, unknown
+from .launch import launched, speaks
 
+SHARED = ("distill", "evaluate", "experts")  # by the processes of torchrun
 COMMANDS = ("distill", "evaluate", "experts", "benchmark", "export", "report", "speed", "list", "show", "cite")
 
 
@@ -74,6 +77,9 @@ def parser() -> Parser:
     d.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA-METHOD-ipcN-seedS)")
     d.add_argument("--resume", action="store_true", help="continue the run in the folder")
     d.add_argument("--force", action="store_true", help="start again in a folder that holds a run")
+    d.add_argument(
+        "--parallel", metavar="WHAT", help="under torchrun: batch (one network) or networks (one for each process)"
+    )
     d.add_argument("--tensorboard", type=Path, metavar="DIR", help="log loss and looks there for TensorBoard")
     d.add_argument("--no-evaluate", action="store_true", help="leave out accuracy and baselines at the end")
 
@@ -208,12 +214,14 @@ def _distill(args: argparse.Namespace) -> None:
 
     method: str | Recipe = read(args.recipe) if args.recipe else args.method
     names = ("steps", "minutes", "preset", "network", "init", "transform", "budget", "experts", "seed", "holdout", "out", "data_root", "device", "precision",
-             "compile", "resume", "force", "repeats")  # fmt: skip
+             "compile", "resume", "force", "repeats", "parallel", "group")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
-    with tensorboard(args.tensorboard) as watch:
+    with tensorboard(args.tensorboard if args.group.leads else None) as watch:
         run = distill(args.data, method, ipc=counts_of(args.ipc) if args.ipc is not None else None,
                       settings=settings_of(args.set), **options,
                       evaluate=not args.no_evaluate, say=say, bar=progress_bar, watch=watch)  # fmt: skip
+    if not args.group.leads:
+        return
     if run.record["results"]:
         print()
         print(table(run.record["results"]))
@@ -230,8 +238,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     results = evaluate(
         args.sets, args.data, networks=listed(args.networks), protocol=args.protocol,
         normalisation=args.normalisation, baselines=listed(args.baselines), repeats=args.repeats, seed=args.seed, data_root=args.data_root, device=args.device, compile=args.compile,
-        precision=args.precision, say=say, bar=progress_bar,
+        precision=args.precision, group=args.group, say=say, bar=progress_bar,
     )  # fmt: skip
+    if not args.group.leads:
+        return
     rows = [asdict(r) for r in results]
     print(table(rows), flush=True)
     if args.json:
@@ -243,7 +253,8 @@ def _experts(args: argparse.Namespace) -> None:
 
     options = {k: v for k, v in vars(args).items() if k not in ("command", "data")}
     made = record(args.data, **options, say=say, bar=progress_bar)
-    print(f"{made.count} experts of {made.epochs} epochs: {made.folder}")
+    if args.group.leads:
+        print(f"{made.count} experts of {made.epochs} epochs: {made.folder}")
 
 
 def _benchmark(args: argparse.Namespace) -> None:
@@ -375,18 +386,31 @@ def _cite(args: argparse.Namespace) -> None:
     print(cite(args.method))
 
 
+def processes(args: argparse.Namespace) -> AbstractContextManager[Any]:
+    """The group of processes that run a command."""
+    if launched() and args.command not in SHARED:
+        raise PotstillError(f"torchrun serves {', '.join(SHARED)}; run `potstill {args.command}` without it")
+    if args.command not in SHARED:
+        return nullcontext()
+    from .parallel import joined
+
+    return joined(args.device)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if all went well, 2 for a user's mistake, 1 for a run that stopped, 130 for Ctrl-C."""
-    args = argparse.Namespace(command="")
+    args = argparse.Namespace(command="", group=None)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a GPU's tools on a CPU's machine
     try:
-        args = parser().parse_args(arguments)
+        args = parser().parse_args(arguments, args)
         commands = (_distill, _evaluate, _experts, _benchmark, _export, _report, _speed, _list, _show, _cite)
-        dict(zip(COMMANDS, commands, strict=True))[args.command](args)
+        with processes(args) as args.group:
+            dict(zip(COMMANDS, commands, strict=True))[args.command](args)
         sys.stdout.flush()
         return 0
     except PotstillError as error:
-        print(f"potstill: {error}", file=sys.stderr)
+        if args.group is not None or speaks():
+            print(f"potstill: {error}", file=sys.stderr)
         return 2
     except Stopped as error:
         print(f"potstill: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ from .infinite import kernel
 from .judge import BASELINES, Judge, Result, Say, protocol_of
 from .loaders import load_named
 from .networks import network
+from .parallel import ALONE, Group
 from .students import KERNEL, is_kernel
 from .synthetic import counts_per_group
 
@@ -57,6 +58,7 @@ def evaluate(
     compile: str = "auto",
     precision: str = "auto",
     affordable: float | None = None,
+    group: Group = ALONE,
     say: Say = lambda line: None,
     bar: Callable[[int, str, int], Any] | None = None,
 ) -> list[Result]:
@@ -76,6 +78,7 @@ def evaluate(
         compile: `auto`, `on` or `off`.
         precision: `auto`, `fp32` or `bf16`.
         affordable: Leave out `random-soft` and `whole` where one would take longer than so many seconds.
+        group: Processes among which the networks of each number are divided; all of them return all results.
         say: Receives lines for the user.
         bar: Makes a progress bar of a length, a title and a start.
 
@@ -93,6 +96,8 @@ def evaluate(
     for b in baselines:
         if b not in BASELINES:
             raise unknown("baseline", b, BASELINES)
+    if not group.leads:
+        say, bar = lambda line: None, None
     check_device(device)
     keep_memory()
     several = [sets] if isinstance(sets, DistilledSet | str | Path) else list(sets)
@@ -141,7 +146,7 @@ def evaluate(
             for note in network(n, source.shape, source.task.outputs).notes:
                 say(note)
         asked = protocol_of(protocol or set_.meta.protocol)
-        judge = Judge(source, asked, repeats, seed, device, compile, precision, say, bar)
+        judge = Judge(source, asked, repeats, seed, device, compile, precision, say, bar, group)
         for n in names:
             judge.student(n, judge.resolved(set_), set_, set_.meta.labels, False)
         work.append((set_, name, names, judge))

@@ -23,9 +23,11 @@ from .data import Data, load_data
 from .errors import PotstillError, unknown
 from .exchange import HEADER, pack, read_tensors, unpack
 from .judge import fitting
+from .launch import restarts
 from .methods import DSA
 from .networks import State
 from .networks import network as build_network
+from .parallel import ALONE, Group
 from .recorder import Progress, Recorder
 from .training import Protocol, Trainer
 from .trajectories import FORMAT, INDEX, Layout, Trajectories, digest_of, file_of, open_experts, read_index, read_rows
@@ -39,24 +41,28 @@ CHECKPOINT = "checkpoint.safetensors"
 
 def ours(name: str) -> bool:
     """Whether a recording writes a file of this name."""
-    return name in (INDEX, CHECKPOINT) or re.fullmatch(r"expert-\d{3,}\.safetensors", name) is not None
+    return name == INDEX or re.fullmatch(r"(checkpoint(-\d+)?|expert-\d{3,})\.safetensors", name) is not None
 
 
-def save_checkpoint(out: Path, mark: str, now: Progress) -> None:
+def checkpoint_of(rank: int) -> str:
+    """Name of a rank's checkpoint."""
+    return f"checkpoint-{rank}.safetensors" if rank else CHECKPOINT
+
+
+def save_checkpoint(file: Path, mark: str, now: Progress) -> None:
     """What a resumed recording goes on with."""
     tensors: dict[str, Tensor] = {}
     plain = now._replace(state=tuple(now.state))._asdict()  # type: ignore[arg-type]
     header = json.dumps({"format": FORMAT, "mark": mark, "now": pack(plain, tensors)})
-    records.write_whole(out / CHECKPOINT, encode(tensors, metadata={HEADER: header}))
+    records.write_whole(file, encode(tensors, metadata={HEADER: header}))
 
 
-def load_checkpoint(out: Path, mark: str, layouts: tuple[Layout, Layout]) -> Progress | None:
+def load_checkpoint(file: Path, mark: str, layouts: tuple[Layout, Layout]) -> Progress | None:
     """How far the expert in work is, or nothing where none was saved or another recording's is there.
 
     Raises:
         PotstillError: The file is damaged.
     """
-    file = out / CHECKPOINT
     if not file.exists():
         return None
     tensors, header = read_tensors(file, "checkpoint")
@@ -161,6 +167,7 @@ def record(
     compile: str = "auto",
     resume: bool = False,
     force: bool = False,
+    group: Group = ALONE,
     say: Callable[[str], None] = lambda line: None,
     bar: Callable[[int, str, int], Any] | None = None,
 ) -> Trajectories:
@@ -186,6 +193,7 @@ def record(
         compile: `auto`, `on` or `off`.
         resume: Continue the recording in `out`, to the same bits as an uninterrupted one.
         force: Start again in a folder that holds a recording.
+        group: Processes that record side by side: rank r the experts r, r + size, ...
         say: Receives lines for the user.
         bar: Makes a progress bar of a length, a title and a start.
 
@@ -214,6 +222,10 @@ def record(
         raise unknown("augmentation for --augment", augment, AUGMENTS)
     if transform is not None:
         check_transform(transform)
+    if not group.leads:
+        say, bar = lambda line: None, None
+    if restarts():
+        resume, force = True, False
     check_device(device)
     keep_memory()
     whole = data if isinstance(data, Data) else load_data(data, data_root)
@@ -231,16 +243,19 @@ def record(
     protocol = Protocol(
         "experts", epochs, batch=batch, lr=lr, momentum=momentum, weight_decay=weight_decay, schedule="constant", augment=fitted
     )  # fmt: skip
-    exact = choose_precision(precision, device, net)
+    exact = str(group.share(choose_precision(precision, device, net)))
     work = count * Trainer(net, protocol, data.task, False, "cpu").flops(len(data.train))
-    on, why = choose_compile(compile, work / EAGER_FLOPS, device)
+    on, why = group.share(choose_compile(compile, work / EAGER_FLOPS, device))
     recorder = Recorder(data, net.at(PRECISIONS[exact]), protocol, seed, on, device)
     out = Path(out)
-    open_folder(out, resume, force, ours)
+    if group.leads:
+        open_folder(out, resume, force, ours)
+    group.agree({"data": data.fingerprint, "torch": torch.__version__})  # and the folder is as it should be
     pinned = {"compile": on, "precision": exact, "threads": torch.get_num_threads()}
-    index = index_of(recorder, holdout, augment, pinned)
+    index = group.share(index_of(recorder, holdout, augment, pinned))
     now: Progress | None = None
-    if resume and (out / INDEX).exists():
+    begun = bool(group.share((out / INDEX).exists()))
+    if resume and begun:
         then = read_index(out)
         asked = {k: v for k, v, word in (("compile", on, compile), ("precision", exact, precision)) if word != "auto"}
         check_same(then, index, asked, say)
@@ -250,16 +265,16 @@ def record(
         recorder = Recorder(data, net.at(PRECISIONS[exact]), protocol, seed, on, device)
         for i in range(len(index["experts"])):
             read_rows(out / file_of(i), recorder.layouts, epochs, 0)
-        now = load_checkpoint(out, mark_of(index), recorder.layouts)
-        now = now if now is not None and now.expert == len(index["experts"]) < count else None
+        now = load_checkpoint(out / checkpoint_of(group.rank), mark_of(index), recorder.layouts)
+        now = now if now is not None and now.expert == len(index["experts"]) + group.rank < count else None
     elif resume:
         say(f"nothing to resume in {out}: the recording begins")
-    if not (out / INDEX).exists():
+    if group.leads and not begun:
         records.write_json(out / INDEX, index)
     say(f"compile {'on' if on else 'off'} ({why}), precision {exact}")
     for i, made in enumerate(index["experts"]):
         say(line_of(i, made) + ", recorded before")
-    run(recorder, out, index, count, now, say, bar)
+    run(recorder, out, index, count, now, say, bar, group)
     return open_experts(out)
 
 
@@ -277,54 +292,68 @@ def line_of(expert: int, made: dict[str, Any]) -> str:
 
 def run(
     recorder: Recorder, out: Path, index: dict[str, Any], count: int, now: Progress | None,
-    say: Callable[[str], None], bar: Callable[[int, str, int], Any] | None,
+    say: Callable[[str], None], bar: Callable[[int, str, int], Any] | None, group: Group = ALONE,
 ) -> None:  # fmt: skip
-    """Record what is missing, expert by expert.
+    """Record what is missing, expert by expert, or as many side by side as there are processes.
 
     Args:
         recorder: Of the experts.
         out: The folder; `experts.json` is in it.
         index: What that holds.
         count: Experts that there shall be.
-        now: How far the next one is, if it has begun.
+        now: How far this process's next one is, if it has begun.
         say: Receives a line per expert.
         bar: Makes a progress bar.
+        group: The processes. The index takes up the experts of all when each has finished one.
 
     Raises:
         Stopped: A loss is no longer finite; the state before is on disk.
         KeyboardInterrupt: As the user asked; the state is on disk.
     """
-    mark, total = mark_of(index), recorder.epochs * recorder.each
-    first = len(index["experts"])
+    total, first = recorder.epochs * recorder.each, len(index["experts"])
     begun = now.step if now is not None else 0
     line = bar(count * total, f"experts on {recorder.data.name}", first * total + begun) if bar else None
+    tick = (lambda: line.update(group.size)) if line is not None else lambda: None
     try:
-        for expert in range(first, count):
-            now = now if now is not None and now.expert == expert else recorder.begin(expert)
-            start, saved, took = time.monotonic(), time.monotonic(), 0.0
-            try:
-                for after in recorder.go_on(now):
-                    now = after
-                    if line is not None:
-                        line.update()
-                    wait = max(SAVE_EVERY, SHARE * took)
-                    if now.step % recorder.each == 0 or time.monotonic() - saved > wait:
-                        before = time.monotonic()
-                        save_checkpoint(out, mark, now)
-                        saved, took = time.monotonic(), time.monotonic() - before
-            except BaseException:  # Ctrl-C, a loss that ran away: the state before is kept
-                save_checkpoint(out, mark, now)
-                raise
-            records.write_whole(out / file_of(expert), recorder.encode(now))
-            made = {
-                "rows": [digest_of(*rows) for rows in now.rows],
-                "heldout_accuracy": list(now.accuracies),
-                "losses": list(now.losses),
-            }
-            index["experts"].append(made)
-            records.write_json(out / INDEX, index)
-            say(f"{line_of(expert, made)}, {time.monotonic() - start:.0f} s")
+        for begin in range(first, count, group.size):
+            expert = begin + group.rank
+            found = record_one(recorder, out, index, expert, now, tick, group.rank) if expert < count else None
+            for made, seconds in filter(None, group.gather(found)):
+                say(f"{line_of(len(index['experts']), made)}, {seconds:.0f} s")
+                index["experts"].append(made)
+            if group.leads:
+                records.write_json(out / INDEX, index)
     finally:
         if line is not None:
             line.close()
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    for file in out.glob("checkpoint*.safetensors") if group.leads else ():
+        file.unlink(missing_ok=True)
+    group.share(None)  # the others look into the folder when it is done
+
+
+def record_one(
+    recorder: Recorder, out: Path, index: dict[str, Any], expert: int, now: Progress | None, tick: Callable[[], Any], rank: int
+) -> tuple[dict[str, Any], float]:  # fmt: skip
+    """Train one expert to its end and write its file; what the index says of it, and the seconds it took."""
+    file, mark = out / checkpoint_of(rank), mark_of(index)
+    now = now if now is not None and now.expert == expert else recorder.begin(expert)
+    start, saved, took = time.monotonic(), time.monotonic(), 0.0
+    try:
+        for after in recorder.go_on(now):
+            now = after
+            tick()
+            wait = max(SAVE_EVERY, SHARE * took)
+            if now.step % recorder.each == 0 or time.monotonic() - saved > wait:
+                before = time.monotonic()
+                save_checkpoint(file, mark, now)
+                saved, took = time.monotonic(), time.monotonic() - before
+    except BaseException:  # Ctrl-C, a loss that ran away: the state before is kept
+        save_checkpoint(file, mark, now)
+        raise
+    records.write_whole(out / file_of(expert), recorder.encode(now))
+    made = {
+        "rows": [digest_of(*rows) for rows in now.rows],
+        "heldout_accuracy": list(now.accuracies),
+        "losses": list(now.losses),
+    }
+    return made, time.monotonic() - start

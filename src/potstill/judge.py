@@ -24,6 +24,7 @@ from .exchange import DistilledSet
 from .functional import Key
 from .measure import peak_bytes, reset_peak
 from .networks import network
+from .parallel import ALONE, Group
 from .records import cache, digest, write_json
 from .students import KERNEL, Ridge, Walker, fit_of, is_kernel, labels_for, own_kernel, recipe_of_set
 from .synthetic import pick, pick_random
@@ -94,6 +95,7 @@ class Judge:
     precision: str = "auto"
     say: Say = lambda line: None
     bar: Callable[[int, str, int], Any] | None = None
+    group: Group = ALONE
 
     def judge(
         self,
@@ -127,14 +129,19 @@ class Judge:
             sets = sets[:1]  # nothing is random
         sets = [(x, labels_for(fit_of(net_name, protocol, asks), y, labels)) for x, y in sets]
         samples, work = len(sets[0][0]), self.student(net_name, protocol, asks, labels, False)
-        on, _ = choose_compile(self.compile, work.flops(samples) * len(sets) / EAGER_FLOPS, self.device)
+        on, _ = self.group.share(
+            choose_compile(self.compile, work.flops(samples) * len(sets) / EAGER_FLOPS, self.device)
+        )
         trainer = self.student(net_name, protocol, asks, labels, on)
         reset_peak(self.device)
         start = time.perf_counter()
-        bar = self.bar(len(sets) * trainer.steps(samples), f"{name} on {trainer.name}", 0) if self.bar else None
         keys = [Key(self.seed).fold("evaluate", r) for r in range(len(sets))]
-        states = trainer.fit(sets, keys, bar.update if bar is not None else lambda n: None, prepare if raw else None)
+        mine, keys = self.group.mine(sets), self.group.mine(keys)
+        bar = self.bar(len(mine) * trainer.steps(samples), f"{name} on {trainer.name}", 0) if self.bar else None
+        tick = bar.update if bar is not None else lambda n: None
+        states = trainer.fit(mine, keys, tick, prepare if raw else None) if mine else []
         scores = [trainer.score(s, self.data.test.inputs, self.data.test.labels, prepare) for s in states]
+        scores = self.group.dealt(scores)
         if bar is not None:
             bar.close()
         spread = torch.tensor(scores, dtype=torch.float64)
@@ -157,7 +164,7 @@ class Judge:
             compile="on" if on else "off",
             precision=self.precision_of(net_name),
             seconds=round(time.perf_counter() - start, 3),
-            peak_bytes=peak_bytes(self.device),
+            peak_bytes=max(self.group.gather(peak_bytes(self.device))),
             input_bytes=sets[0][0].nbytes,
             label_bytes=sets[0][1].nbytes,
             labels=labels,
@@ -224,6 +231,21 @@ class Judge:
             net_name: The network, as student and as teacher.
             affordable: Not run, and `None` returned, where it would take longer than so many seconds.
         """
+        made = self._first(lambda judge: judge._soft(set_, net_name, affordable))
+        if made is None:
+            return None
+        name, kind, sets = "random real, soft labels", _ipc(set_), made["sets"]
+        result = self.judge(
+            name, "random-soft", kind, sets, self.data.prepare, net_name, set_, varied=True, labels="soft"
+        )
+        return replace(result, temperature=made["temperature"])
+
+    def _first(self, make: Callable[[Judge], Any]) -> Any:
+        """What the first rank alone makes, for all."""
+        return self.group.share(make(replace(self, group=ALONE)) if self.group.leads else None)
+
+    def _soft(self, set_: DistilledSet, net_name: str, affordable: float | None) -> dict[str, Any] | None:
+        """The sets of `random_soft` and their temperature."""
         data, counts = self.data.hold_out(HOLDOUT), set_.meta.ipc
         if is_kernel(net_name):
             self.say("random with soft labels: not measured, its teacher is the student, and a kernel is no teacher")
@@ -246,11 +268,7 @@ class Judge:
         first = teacher.label(data, inputs[0], net_name, Key(self.seed).fold("temperature"))
         self.say(first.words)
         sets = [(x, soften(teacher.logits(x), first.temperature)) for x in inputs]
-        name = "random real, soft labels"
-        result = self.judge(
-            name, "random-soft", _ipc(set_), sets, data.prepare, net_name, set_, varied=True, labels="soft"
-        )
-        return replace(result, temperature=first.temperature)
+        return {"sets": sets, "temperature": first.temperature}
 
     def whole(self, net_name: str, affordable: float | None = None) -> Result | None:
         """One network on the whole training set under the protocol `whole`; kept in a cache.
@@ -259,6 +277,9 @@ class Judge:
             net_name: The network.
             affordable: Not run, and `None` returned, where it would take longer than so many seconds.
         """
+        if self.group.size > 1:  # one network: nothing to divide
+            found = self._first(lambda judge: (made := judge.whole(net_name, affordable)) and asdict(made))
+            return Result(**found) if found else None
         if is_kernel(net_name):
             self.say("whole set: not measured, its Gram matrix is too large for a solve")
             return None

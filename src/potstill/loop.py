@@ -22,9 +22,11 @@ from .evaluation import evaluate as evaluate_sets
 from .exchange import DistilledSet, describe_set, load
 from .functional import Key
 from .judge import BASELINES
+from .launch import restarts
 from .measure import Clock, cost, reset_peak
 from .networks import network as build_network
 from .outcome import record_of, write
+from .parallel import ALONE, Group, choose
 from .recipe import Recipe
 from .still import Settings, Still, start_of
 from .synthetic import Synthetic, counts_per_group, share
@@ -61,15 +63,15 @@ def plan(still: Still, minutes: float, spent: float, say: Callable[[str], None])
         spent: Seconds of it that are gone.
         say: Receives the equal `--steps`.
     """
-    now, took = still.fresh(), []
+    now, took, group = still.fresh(), [], still.sharing.group
     for i in range(5):
         begin = time.perf_counter()
         now, _ = still.step(now, i)
-        took.append(time.perf_counter() - begin)
+        took.append(group.first(time.perf_counter() - begin))
         if sum(took) > 0.1 * 60 * minutes and i:
             break
     each = statistics.median(took)
-    steps = max(1, int((60 * minutes - spent - sum(took)) / each))
+    steps = max(1, int((60 * minutes - group.first(spent) - sum(took)) / each))
     say(
         f"{each:.3g} s a step: {steps} steps in {minutes:g} minutes (the same as --steps {steps} --preset {still.settings.recipe.preset})"
     )
@@ -93,11 +95,13 @@ def run_steps(
         Stopped: The loss or S is no longer finite, or has run away; the last good state is on disk.
         KeyboardInterrupt: As the user asked; the state is on disk.
     """
-    total = still.settings.steps
+    total, sharing = still.settings.steps, still.sharing
     look_at, show_at = points(total, still.settings.recipe.looks), points(total, SNAPSHOTS)
 
     def observe() -> None:
         step, now = progress.at
+        if not sharing.group.leads:
+            return
         if step in look_at and not any(look["step"] == step for look in progress.looks):
             with clock.phase("looks"):
                 if (look := still.look(now)) is not None:
@@ -109,7 +113,9 @@ def run_steps(
 
     def save() -> float:
         with clock.phase("checkpoints"):
-            save_checkpoint(out, still, progress, clock)
+            others = sharing.others((progress.at[1].own, progress.at[1].pool))
+            if sharing.group.leads:
+                save_checkpoint(out, still, progress, clock, others)
         return time.monotonic()
 
     try:
@@ -135,10 +141,13 @@ def run_steps(
                 bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
                 bar.update()
                 observe()
-                if progress.step in look_at or time.monotonic() - saved > SAVE_EVERY:
+                if progress.step in look_at or sharing.group.first(time.monotonic() - saved) > SAVE_EVERY:
                     saved = save()
-    finally:
-        save()
+    except BaseException as error:
+        if sharing.saves(error):
+            save()
+        raise
+    save()
 
 
 class Quiet:
@@ -152,15 +161,16 @@ class Quiet:
 
 
 def prepare(
-    ask: Ask, data: Data, start: Synthetic, out: Path, resume: bool, clock: Clock, say: Callable[[str], None]
-) -> tuple[Still, Progress]:
+    ask: Ask, data: Data, start: Synthetic, out: Path, resume: bool, clock: Clock, say: Callable[[str], None],
+    group: Group = ALONE,
+) -> tuple[Still, Progress]:  # fmt: skip
     """The run bound to its data and the point from which it goes on, its number of steps fixed."""
     recipe = recipe_of(ask, data, say)
     counts = counts_per_group(ask.ipc if isinstance(ask.ipc, int) else list(ask.ipc), data.counts)
-    precision = choose_precision(
-        ask.precision, ask.device, build_network(recipe.network, data.shape, data.task.outputs)
-    )
-    found = load_checkpoint(out) if resume else None
+    net = build_network(recipe.network, data.shape, data.task.outputs)
+    precision = str(group.share(choose_precision(ask.precision, ask.device, net)))
+    found = load_checkpoint(out, group.rank) if resume else None
+    group.agree({"checkpoint": None if found is None else found[1].step})  # before the first one writes another
     if found is not None:
         pinned, progress = found
         check_same(pinned, ask, recipe, counts, data, say)
@@ -177,34 +187,37 @@ def prepare(
             on,
             precision,
             pinned["threads"],
+            ask.parallel,
+            ask.ranks,
         )
-        still = Still(data, settings, start)
+        still = Still(data, settings, start, group)
         say(f"resumed at step {progress.step} of {steps}")
         if on and progress.step < steps:
             with clock.phase("compile"):
                 still.step(progress.at[1], progress.step)
         return still, progress
     settings = Settings(
-        recipe, counts, ask.seed, ask.holdout, recipe.steps, ask.device, False, precision, torch.get_num_threads()
-    )
-    still = Still(data, settings, start)
+        recipe, counts, ask.seed, ask.holdout, recipe.steps, ask.device, False, precision, torch.get_num_threads(),
+        ask.parallel, ask.ranks,
+    )  # fmt: skip
+    still = Still(data, settings, start, group)
     seconds = 60 * (ask.minutes or 0)
     if ask.minutes is None and ask.compile == "auto":
         seconds = count_flops(lambda: still.step(still.fresh(), 0)) * recipe.steps / EAGER_FLOPS
-    on, why = choose_compile(ask.compile, seconds, ask.device)
+    on, why = group.share(choose_compile(ask.compile, seconds, ask.device))
     if not still.objective.needs.network:
         say("compile off, precision fp64 (a kernel in closed form)")
         on = False
     else:
         say(f"compile {'on' if on else 'off'} ({why}), precision {precision}")
     if on:
-        still = Still(data, replace(settings, compile=True), start)
+        still = Still(data, replace(settings, compile=True), start, group)
         with clock.phase("compile"):
             still.step(still.fresh(), 0)
     looks: list[dict[str, Any]] = []
     if ask.minutes is not None:
         with clock.phase("looks"):
-            first = still.look(still.fresh())
+            first = still.look(still.fresh()) if group.leads else None
         looks = [{"step": 0, **first}] if first else []
         spent = clock.seconds["start"] + clock.seconds.get("compile", 0.0) + clock.seconds["looks"] * (1 + recipe.looks)
         with clock.phase("planning"):
@@ -264,6 +277,8 @@ def distill(
     force: bool = False,
     evaluate: bool = True,
     repeats: int = 5,
+    parallel: str | None = None,
+    group: Group = ALONE,
     say: Callable[[str], None] = lambda line: None,
     bar: Callable[[int, str, int], Any] | None = None,
     watch: Watch = lambda step, values: None,
@@ -296,6 +311,8 @@ def distill(
         force: Start again in a folder that holds a run.
         evaluate: Judge the set and its baselines at the end.
         repeats: Networks for each number.
+        parallel: How the processes of `group` share the run: `batch`, `networks`; the batch where it can be split, if absent.
+        group: What `potstill.parallel.joined` gives; one process alone if absent.
         say: Receives lines for the user.
         bar: Makes a progress bar of a length, a title and a start.
         watch: Receives the loss after each step and held-out accuracy at each look, by step and name.
@@ -332,6 +349,10 @@ def distill(
         precision,
         compile,
     )
+    if not group.leads:
+        say, bar, watch = lambda line: None, None, lambda step, values: None
+    if restarts():
+        resume, force = True, False
     check_device(device)
     keep_memory()
     if repeats < 1:
@@ -353,19 +374,27 @@ def distill(
         if isinstance(counts, int)
         else "ipc" + "-".join(map(str, counts))[:40]
     )
+    net = build_network(recipe.network, data.shape, data.task.outputs)
+    mode, why = choose(parallel, group, recipe.objective, net, len(data.train))
+    ask = replace(ask, parallel=mode, ranks=group.size)
     out = Path(out) if out is not None else Path("runs") / f"{data.slug}-{recipe.method}-{label}-seed{seed}"
     each = counts_per_group(counts, data.counts)
-    choose_precision(precision, device, build_network(recipe.network, data.shape, data.task.outputs))
+    choose_precision(precision, device, net)
     choose_compile(compile, 0.0, device)
-    open_folder(out, resume, force)
-    if resume and not any(out.iterdir()):
+    if group.size > 1:
+        group.agree({"data": data.fingerprint, "torch": torch.__version__})
+        say(f"parallel {mode}, {group.size} processes ({why})")
+    if group.leads:
+        open_folder(out, resume, force)
+    group.share(None)  # nobody looks into the folder before it is as it should be
+    if resume and group.leads and not any(out.iterdir()):
         say(f"nothing to resume in {out}: the run begins")
 
     results: list[dict[str, Any]] = []
     still, progress = None, None
     school = School(data, seed, device, compile, precision, say, bar)
     with clock.phase("start"):
-        start = start_of(school, recipe, each)
+        start = Synthetic(**group.share(vars(start_of(school, recipe, each)) if group.leads else None))
     if recipe.objective is None:
         with clock.phase("labels"):
             set_ = coreset(school, recipe, each, start)
@@ -373,7 +402,7 @@ def distill(
             check_coreset(out, set_)
         set_.save(out / "set.safetensors")
     else:
-        still, progress = prepare(ask, data, start, out, resume, clock, say)
+        still, progress = prepare(ask, data, start, out, resume, clock, say, group)
         recipe = still.settings.recipe
         if still.memory:
             ways = {way: words(size) for way, size in still.memory.items()}
@@ -386,8 +415,10 @@ def distill(
         finally:
             line.close()
         set_ = still.set(progress.at[1].learned, progress.step)
-    record = record_of(ask, data, recipe, each, set_, progress, still, out, clock)
-    write(out, record, set_, progress, still, data)
+    record = {}
+    if group.leads:
+        record = record_of(ask, data, recipe, each, set_, progress, still, out, clock)
+        write(out, record, set_, progress, still, data)
     if evaluate:
         with clock.phase("evaluation"):
             found = evaluate_sets(
@@ -401,10 +432,12 @@ def distill(
                 compile=compile,
                 precision=precision,
                 affordable=AFFORDABLE,
+                group=group,
                 say=say,
                 bar=bar,
             )
         results = [asdict(r) for r in found]
-        record = {**record, "results": results, "cost": cost(clock, record["cost"]["seconds_per_step"], device)}
-        write(out, record, set_, progress, still, data)
-    return Run(set_, record, out)
+        if group.leads:
+            record = {**record, "results": results, "cost": cost(clock, record["cost"]["seconds_per_step"], device)}
+            write(out, record, set_, progress, still, data)
+    return Run(set_, group.share(record), out)

@@ -60,6 +60,7 @@ def record_of(
             "student": recipe.student,
             "protocol": recipe.protocol,
             **({"unroll": still.objective.way} if still and still.memory else {}),
+            **({"parallel": ask.parallel, "ranks": ask.ranks} if ask.ranks > 1 else {}),
             "budget": f"{ask.minutes:g} minutes" if ask.minutes else f"{steps} steps",
         },
         "curve": [[i + 1, losses[i]] for i in range(0, len(losses), every)],
@@ -84,7 +85,9 @@ def record_of(
 
 def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int) -> str:
     """The command that makes this set again, from a recipe file where the method has no name to call it by."""
-    parts = ["potstill", "distill", data.name]
+    start = ["torchrun", "--nproc-per-node", str(ask.ranks), "-m"] if ask.ranks > 1 else []
+    parts = [*start, "potstill", "distill", data.name]
+    parts += ["--parallel", ask.parallel] if ask.ranks > 1 else []
     parts += ["--method", ask.method] if isinstance(ask.method, str) else ["--recipe", "recipe.toml"]
     parts += ["--ipc"]
     parts.append(str(counts[0]) if len(set(counts)) == 1 else ",".join(map(str, counts)))

@@ -17,6 +17,7 @@ from .exchange import DistilledSet, describe_set
 from .functional import Key, Tree, to, tree_map
 from .networks import narrow, network
 from .objectives import ByGroup, Net, Real, Sizes, Uniform
+from .parallel import ALONE, Group, Sharing
 from .recipe import Recipe, to_dict
 from .records import processor
 from .replay import Experts
@@ -58,6 +59,9 @@ class Settings:
     precision: str
     threads: int
 
+    parallel: str = "alone"
+    ranks: int = 1
+
     def plain(self, data: Data) -> dict[str, Any]:
         """For a checkpoint's header."""
         return {
@@ -88,11 +92,12 @@ class Still:
         data: With its held-out part taken away.
         settings: The run's.
         start: S before the first step; made as the recipe says if absent.
+        group: The processes that share the run, as `settings.parallel` says.
 
     The step is a pure function of the state and the step's number; randomness comes from keys below the seed.
     """
 
-    def __init__(self, data: Data, settings: Settings, start: Synthetic | None = None) -> None:
+    def __init__(self, data: Data, settings: Settings, start: Synthetic | None = None, group: Group = ALONE) -> None:
         recipe, self.data, self.settings = settings.recipe, data, settings
         if recipe.objective is None or recipe.source is None:
             raise PotstillError(f"method '{recipe.method}' takes no steps")
@@ -103,6 +108,7 @@ class Still:
         self.objective = replace(recipe.objective, augment=recipe.augment, task=self.task, graph=graph)
         self.source = recipe.source
         self.start = start or start_of(School(data, settings.seed, settings.device), recipe, settings.counts)
+        self.sharing = Sharing(group, settings.parallel, self.objective.averaged(self.network))
         self.members = [(data.train.groups == g).nonzero().flatten() for g in range(len(settings.counts))]
         self.memory = self._memory()
         self.objective = self.objective.settle(self.memory, settings.compile)
@@ -155,10 +161,8 @@ class Still:
         index, mask = s.index.to(self.device), s.mask.to(self.device)
         return Synthetic(learned, to(fixed, self.device), index, mask, s.labels)
 
-    def real(self, needs: ByGroup | Uniform | None, key: Key) -> Real | None:
-        """A real batch, drawn without repetition within it."""
-        if needs is None:
-            return None
+    def drawn(self, needs: ByGroup | Uniform, key: Key) -> tuple[Tensor, Tensor]:
+        """Numbers and mask of a real batch, drawn without repetition within it."""
         if isinstance(needs, ByGroup):
             width = min(needs.count, max(len(m) for m in self.members))
             places = torch.arange(width)
@@ -169,23 +173,36 @@ class Still:
         else:
             index = key.permutation(len(self.data.train))[: needs.count]
             mask = torch.ones(len(index))
+        return index, mask
+
+    def real(self, needs: ByGroup | Uniform | None, key: Key) -> Real | None:
+        """A real batch."""
+        return None if needs is None else self.batch(*self.drawn(needs, key))
+
+    def batch(self, index: Tensor, mask: Tensor) -> Real:
+        """The training samples with the given numbers, as networks see them."""
         train = self.data.train
         inputs = self.data.prepare(train.inputs[index.flatten()].to(self.device)).unflatten(0, index.shape)
         return Real(inputs, train.labels[index].to(self.device), mask.to(self.device))
 
     def inputs_of(self, now: Now, step: int) -> tuple[int, Net, Real | None, Tree]:
         """Everything that a step needs beside the state, made eagerly: a network, a real batch, draws."""
+        key = self.sharing.key(self.key)
         slot, net = self.source.fetch(
-            self.network, now.pool, self.key.fold("source", step), step / max(self.settings.steps, 1)
+            self.network, now.pool, key.fold("source", step), step / max(self.settings.steps, 1)
         )
         net = Net(net.network, *to(tuple(net)[1:], self.device))
         needs = self.objective.needs
         if needs.calibrate and net.network.mixes_samples:
-            batch = self.real(ByGroup(needs.calibrate), self.key.fold("calibrate", step))
+            batch = self.real(ByGroup(needs.calibrate), key.fold("calibrate", step))
             net = self.source.calibrate(net, batch.inputs.flatten(0, 1)) if batch else net
-        real = self.real(needs.real, self.key.fold("real", step))
-        sizes = Sizes(len(self.members), len(self.start), 0 if real is None else real.mask.numel())
-        return slot, net, real, to(self.objective.draws(self.key.fold("draws", step), sizes), self.device)
+        drawn = None if needs.real is None else self.drawn(needs.real, key.fold("real", step))
+        sizes = Sizes(len(self.members), len(self.start), 0 if drawn is None else drawn[1].numel())
+        draws = self.objective.draws(key.fold("draws", step), sizes)
+        if drawn is None:
+            return slot, net, None, to(draws, self.device)
+        real = self.batch(*self.sharing.rows(*drawn))
+        return slot, net, real, to(self.sharing.draws(draws, drawn[1].shape), self.device)
 
     def target(self, net: Net, real: Real | None, draws: Tree) -> Tree:
         """The real side, a few groups at a time where the objective allows it."""
@@ -221,7 +238,9 @@ class Still:
     def step(self, now: Now, step: int) -> tuple[Now, float]:
         """One step of the loop: the next state and the loss. Nothing is changed in place."""
         slot, net, real, draws = self.inputs_of(now, step)
-        loss, grads, own = self.value_and_grad(now, self.target(net, real, draws), net, draws)
+        target = self.sharing.target(self.target(net, real, draws), real)
+        loss, grads, own = self.value_and_grad(now, target, net, draws)
+        loss, grads = self.sharing.gradient(loss, grads, real)
         return self.update(now, step, slot, net, grads, own), float(loss)
 
     def update(self, now: Now, step: int, slot: int, net: Net, grads: dict[str, Tensor], own: Tree) -> Now:
@@ -241,7 +260,7 @@ class Still:
             rate = optimiser.lr * cosine(step / max(self.settings.steps, 1), self.settings.recipe.final)
             after, slow[part] = optimiser.update({part: value}, {part: grads[part]}, now.slow[part], rate)
             learned.update(after)
-        s, key = self.synthetic(learned), self.key.fold("advance", step)
+        s, key = self.synthetic(learned), self.sharing.key(self.key).fold("advance", step)
         pool = self.source.advance(now.pool, slot, net, s, self._train, self.settings.recipe.augment, key)
         return Now(learned, slow, own, pool)
 

@@ -123,7 +123,11 @@ class Objective(ABC):
         """What a step needs."""
 
     def draws(self, key: Key, sizes: Sizes) -> Tree:
-        """Every random tensor of the step, made eagerly."""
+        """Every random tensor of the step, made eagerly.
+
+        What is drawn for each real sample stands under `real`, with the sizes of the batch ahead, so that a split batch can
+        take its draws along.
+        """
         return {}
 
     def init(self, task: Classification, s: Synthetic) -> Tree:
@@ -136,6 +140,12 @@ class Objective(ABC):
         The loop then computes it a few groups at a time, which is quicker on a CPU and takes less memory.
         """
         return False
+
+    def averaged(self, network: Network) -> str | None:
+        """What processes that split the real batch average, by counts of real samples, so that the step stays that of the
+        whole batch: `target`, where each group's is a mean over its real samples; `loss`, where that is such a mean, with
+        its gradient, plus what does not depend on them; or nothing, where the batch cannot be split."""
+        return None
 
     @property
     def in_parts(self) -> bool:

@@ -45,6 +45,9 @@ class DistributionMatching(Objective):
     def separable(self, network: Network) -> bool:
         return not network.mixes_samples
 
+    def averaged(self, network: Network) -> str | None:
+        return None if network.mixes_samples else "target"
+
     def _means(
         self, x: Float[Tensor, "g n *shape"], mask: Float[Tensor, "g n"], net: Net, draws: Tree
     ) -> Float[Tensor, "g features"]:

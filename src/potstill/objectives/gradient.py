@@ -50,6 +50,9 @@ class GradientMatching(Objective):
     def separable(self, network: Network) -> bool:
         return True
 
+    def averaged(self, network: Network) -> str:
+        return "target"
+
     @property
     def in_parts(self) -> bool:
         return True

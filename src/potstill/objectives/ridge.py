@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import PotstillError
 from ..functional import Tree, cast
 from ..kernels import kernel, label_solve, predict
+from ..networks import Network
 from ..synthetic import Synthetic
 from .base import Needs, Net, Objective, Real, Uniform
 
@@ -60,6 +61,9 @@ class KernelRidge(Objective):
     def needs(self) -> Needs:
         finish = Uniform(self.solve) if self.solve else None
         return Needs(real=Uniform(self.real), network=self.kernel == FEATURES, finish=finish)
+
+    def averaged(self, network: Network) -> str:
+        return "loss"
 
     def finish(self, x: Tensor, y: Tensor, real: Real) -> Tensor:
         gram = kernel(self.kernel)

@@ -253,6 +253,9 @@ class Unrolled(Unroll):
     def needs(self) -> Needs:
         return Needs(real=Uniform(self.real))
 
+    def averaged(self, network: Network) -> str:
+        return "loss"
+
     def target(self, real: Real, net: Net, draws: Tree) -> Tree:
         return {"inputs": real.inputs, "labels": real.labels}
 
