@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -17,7 +18,9 @@ from torch import Tensor
 from .data import Data, Standardise, first_line
 from .errors import PotstillError
 from .exchange import DistilledSet, describe_set
+from .pickles import checked
 from .recipe import find
+from .strict import check_arrays
 
 PROTOCOL = "dsa"  # what a set is judged by that asks for nothing
 SUFFIXES = (".pt", ".pth", ".npz")
@@ -196,6 +199,7 @@ def _npz(file: Path) -> tuple[list[tuple[Any, Any]], Tensor | None, str | None]:
                 raise PotstillError(f"{file} lacks {lacking}; it has {', '.join(found.files) or 'nothing'}")
             y = "soft_labels" if "soft_labels" in names else y
             wanted = [x, y, *(n for n in ("lr", "normalisation") if n in names)]
+            check_arrays(handle, wanted)
             arrays = {n: found[n] for n in wanted}
     except PotstillError:
         raise
@@ -271,7 +275,7 @@ def _unpickled(file: Path) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(ALLOWED):
             warnings.simplefilter("ignore")  # of old forms of files
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(checked(file.read_bytes())), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the reader raise
         wants = re.search(r"GLOBAL ([\w.]+)|([\w.]+) (?:was|which is) not an allowed", str(error))
         if wants:
