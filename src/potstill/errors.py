@@ -16,10 +16,14 @@ def one_line(text: str, most: int = 1200) -> str:
         >>> print(one_line("a\x1b[2J\nb"))
         a\x1b[2J\nb
     """
-    text = text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+    def cut(text: str) -> str:
+        return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+    text = cut(text)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else repr(c)[1:-1] if c != "\xa0" else " " for c in text)
+    return cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 class PotstillError(ValueError):

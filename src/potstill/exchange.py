@@ -212,10 +212,10 @@ def load(path: str | Path) -> DistilledSet:
         matrix = read_beside(file.parent, meta.transform) if matrix is None else matrix
         made = DistilledSet(tensors["inputs"], tensors["labels"], meta, tensors.get("lr"), matrix)
         _check(made, file)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, PotstillError):
             raise
-        raise PotstillError(f"{file} is no distilled set: {error}") from error
+        raise PotstillError(f"{file} is no distilled set: {first_line(error)}") from error
     return made
 
 
@@ -314,6 +314,8 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(packed, dict):
         return packed
     ((kind, value),) = packed.items()
+    if kind not in ("tensor", "dict", "tuple", "list"):
+        raise ValueError(f"{str(kind)[:40]!r} is no part of a tree")
     if kind == "tensor":
         return tensors[value]
     if kind == "dict":

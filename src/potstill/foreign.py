@@ -176,7 +176,8 @@ def _labels(y: Tensor, count: int, classes: int, file: Path) -> Tensor:
 
 def _tensor(x: Any, file: Path, what: str) -> Tensor:
     """A plain tensor of numbers, with memory behind every one of them."""
-    x = torch.from_numpy(x) if isinstance(x, np.ndarray) and x.dtype.kind in "uif" and x.dtype != np.uint64 else x
+    if isinstance(x, np.ndarray) and x.dtype.kind in "uif" and x.dtype.itemsize <= 8 and x.dtype != np.uint64:
+        x = torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), ["C", "W"]))
     plain = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
     if not plain or x.is_complex() or x.ndim == 0:
         raise PotstillError(f"{file} has {what} that are no plain array of numbers ({type(x).__name__})")

@@ -22,6 +22,7 @@ from safetensors.torch import save as encode
 from fuzz import mutate
 from potstill import checkpoint, exchange, foreign, loaders, recipe, rows, trajectories
 from potstill.asking import recipe_of
+from potstill.augment import Augment
 from potstill.checkpoint import Ask, Progress
 from potstill.data import Data
 from potstill.exchange import DistilledSet, describe_set
@@ -30,7 +31,7 @@ from potstill.functional import Key
 from potstill.measure import Clock
 from potstill.methods import METHODS
 from potstill.networks import network
-from potstill.records import write_whole
+from potstill.replay import Experts
 from potstill.testing import still_for, toy
 
 Files = dict[str, bytes]
@@ -269,9 +270,10 @@ def experts(home: Path) -> Kind:
             for epoch in range(min(found.epochs, 3) + 1):
                 found.state(expert, epoch)
         assert found.mark
-        ask = Ask("mtt", 1, 2, None, "small", experts=folder)
+        mine = replace(METHODS["mtt"]("small"), source=Experts(max_start=1, span=1), augment=Augment())
+        ask = Ask(mine, 1, 2, experts=folder)
         recipe_of(ask, data, lambda line: None)
-        found.check(network("mlp-w4-d1", data.shape, 3), data)
+        found.check(network(found.meta["network"], data.shape, 3), data)
 
     return Kind(made, tensors, read)
 
@@ -280,13 +282,13 @@ def checkpoints(home: Path) -> Kind:
     data = toy(shape=(4,))
     made, stills = [], {}
     for name in ("dm", "frepo"):
-        found = replace(METHODS[name]("small"), network="mlp-w4-d1", student="mlp-w4-d1")
+        found = replace(METHODS[name]("small"), network="mlp-w4-d1", student="mlp-w4-d1", augment=Augment())
         still = still_for(found, data, steps=3)
         now = still.fresh()
         for step in range(2):
             now, _ = still.step(now, step)
         losses = torch.tensor([1.0, 0.5, float("nan")], dtype=torch.float64)
-        progress = Progress((2, now), losses, [{"step": 0, "accuracy": 0.5}], {0: torch.zeros(3, 4)})
+        progress = Progress((2, now), losses, [{"step": 0, "accuracy": 0.5}], {0: torch.zeros(6, 4)})
         (home / name).mkdir()
         clock = Clock()
         with clock.phase("loop"):

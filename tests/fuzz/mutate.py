@@ -231,7 +231,7 @@ def archive(found: dict[str, bytes], deflated: bool = False) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED) as opened:
         for name, content in found.items():
-            opened.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED)
+            opened.writestr(zipfile.ZipInfo(name.encode(errors="replace").decode()), content, zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED)
     return buffer.getvalue()
 
 
@@ -292,6 +292,7 @@ def npy(rng: Random, name: str, content: bytes) -> bytes:
     elif act == 2 and array.dtype.kind in "iu" and array.size:
         array.flat[rng.randrange(array.size)] = rng.randrange(-100, 100) % 256 if array.dtype.itemsize == 1 else rng.choice([-1, 0, 3, 99, 2**31 - 1])
     elif act == 3:
+        array = np.atleast_1d(array)
         array = rng.choice([array[:0], array[:1], array.reshape(-1), array[..., None], array[None], np.asarray(array.flat[0] if array.size else 0), array[:, None], array.T])
     elif act == 4:
         head = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
@@ -319,13 +320,14 @@ class Bomb:
         self.mark, self.how = mark, how
 
     def __reduce__(self) -> Any:
+        if self.how % 6 == 5:
+            return np.float64(0).__reduce__()[0], (np.dtype("O"), pickle.dumps(Bomb(self.mark)))
         return [
             (os.mkdir, (self.mark,)),
             (os.system, (f"mkdir {self.mark}",)),
             (eval, (f"__import__('os').mkdir({self.mark!r})",)),
             (exec, (f"import os; os.mkdir({self.mark!r})",)),
-            (getattr, (os, "mkdir")),
-            (np.float64(0).__reduce__()[0], (np.dtype("O"), pickle.dumps(Bomb(self.mark)))),
+            (os.makedirs, (self.mark,)),
         ][self.how % 6]
 
 
