@@ -20,6 +20,23 @@ from .students import check_asked, is_kernel
 from .trajectories import open_experts
 
 
+def check_named(network: str, who: str) -> None:
+    """Refuse code from outside that a file and not the user asks for.
+
+    Args:
+        network: As the file has it.
+        who: The file, for the message.
+
+    Raises:
+        PotstillError: The name is that of a function.
+    """
+    if ":" in network:
+        raise PotstillError(
+            f"{who} asks for the network '{network}', which is code from outside and is not run because a file says so; "
+            f"if you trust it: --network {network}"
+        )
+
+
 def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
     """The recipe that is run: method and preset, then what the user changes.
 
@@ -54,6 +71,7 @@ def recipe_of(ask: Ask, data: Data, say: Callable[[str], None]) -> Recipe:
         recipe = recorded
         if ask.network is None and "network" not in settings:
             own = recorded.source.trajectories.meta["network"]
+            check_named(own, f"the experts in {recorded.source.folder}")
             say(f"network {own}: that of the experts")
             settings = {"network": own, "student": own, **settings}
     if ask.network is not None:

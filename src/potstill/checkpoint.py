@@ -15,15 +15,19 @@ from safetensors.torch import save as encode
 from torch import Tensor
 
 from . import records
+from .arrays import first_line
+from .compiling import PRECISIONS
 from .data import Data
 from .errors import PotstillError
 from .exchange import HEADER, pack, read_tensors, unpack
+from .functional import form_of
 from .measure import Clock
 from .recipe import Recipe, from_dict, to_dict
 from .replay import Experts
 from .still import Now, Still
 
 FORMAT = 1
+MOST_STEPS = 10**8  # whose losses take 0.8 GB
 OURS = (
     "set.safetensors",
     "checkpoint.safetensors",
@@ -157,18 +161,65 @@ def load_checkpoint(out: Path, rank: int = 0) -> tuple[dict[str, Any], Progress]
         )
         if missing or step > settings["steps"]:
             raise KeyError(f"settings lack {', '.join(sorted(missing)) or 'steps'}")
-        losses = torch.full((max(settings["steps"], step),), math.nan, dtype=torch.float64)
-        losses[:step] = unpack(header["losses"], tensors)
+        made = unpack(header["losses"], tensors)
+        if made.shape != (step,) or not 0 <= step <= settings["steps"] <= MOST_STEPS:
+            raise ValueError("its losses are not one for each step")
+        losses = torch.full((settings["steps"],), math.nan, dtype=torch.float64)
+        losses[:step] = made
         snapshots = {int(s): x for s, x in unpack(header["snapshots"], tensors).items()}
         now, others = Now(*unpack(header["now"], tensors)), unpack(header.get("ranks", {"list": []}), tensors)
         if rank and rank <= len(others):
             now = now._replace(own=others[rank - 1][0], pool=others[rank - 1][1])
         progress = Progress((step, now), losses, header["looks"], snapshots)
+        _check_plain(settings, header["seconds"], progress)
         return {**settings, "seconds": header["seconds"]}, progress
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, PotstillError):
             raise
-        raise PotstillError(f"{file} is damaged ({type(error).__name__}: {error}); --force starts again") from error
+        raise PotstillError(
+            f"{file} is damaged ({type(error).__name__}: {first_line(error)}); --force starts again"
+        ) from error
+
+
+def _check_plain(settings: dict[str, Any], seconds: Any, progress: Progress) -> None:
+    """Refuse plain values of a checkpoint that are not what a run wrote.
+
+    Raises:
+        ValueError: Which.
+    """
+    whole = (settings["steps"], settings["threads"], progress.step)
+    if not all(type(v) is int and v >= 0 for v in whole) or not 1 <= settings["threads"] <= 10**5:
+        raise ValueError("its steps or threads are no numbers from 0 up")
+    if settings["precision"] not in PRECISIONS or type(settings["compile"]) is not bool:
+        raise ValueError("its precision or compile choice is none")
+    if not all(isinstance(settings.get(k, ""), str) for k in ("torch", "processor", "device")):
+        raise ValueError("its machine is no text")
+    if not all(type(s) in (int, float) and 0 <= s < math.inf for s in seconds.values()):
+        raise ValueError("its seconds are no times")
+    if not all(type(k["step"]) is int and type(k["accuracy"]) in (int, float) and math.isfinite(k["accuracy"]) for k in progress.looks):  # fmt: skip
+        raise ValueError("its looks are none")
+    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in progress.snapshots.values()):
+        raise ValueError("its snapshots are none")
+
+
+def check_fits(progress: Progress, still: Still, out: Path) -> None:
+    """Refuse a state that is another run's, or none.
+
+    Args:
+        progress: As it was loaded.
+        still: The run that is to go on from there.
+        out: Its folder.
+
+    Raises:
+        PotstillError: What is learned, an optimiser's or the objective's state, or the networks have other shapes.
+    """
+    now, fresh = progress.at[1], still.fresh()
+    wrong = [k for k in ("learned", "slow", "own") if form_of(getattr(now, k)) != form_of(getattr(fresh, k))]
+    wrong += [] if wrong or still.source.fits(still.network, now.pool) else ["pool"]
+    shown = still.shown.numel()
+    wrong += [] if all(x.shape == (shown, *still.data.shape) for x in progress.snapshots.values()) else ["snapshots"]
+    if wrong:
+        raise PotstillError(f"{out / 'checkpoint.safetensors'} is damaged or another run's: part '{wrong[0]}' of it does not fit; --force starts again")  # fmt: skip
 
 
 def check_same(

@@ -208,11 +208,15 @@ def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _distill(args: argparse.Namespace) -> None:
+    from .asking import check_named
     from .loop import distill
     from .recipe import Recipe, read
     from .watch import tensorboard
 
     method: str | Recipe = read(args.recipe) if args.recipe else args.method
+    if isinstance(method, Recipe) and args.network is None:
+        for name in (method.network, method.student):
+            check_named(name, str(args.recipe))
     names = ("steps", "minutes", "preset", "network", "init", "transform", "budget", "experts", "seed", "holdout", "out", "data_root", "device", "precision",
              "compile", "resume", "force", "repeats", "parallel", "group")  # fmt: skip
     options = {name: getattr(args, name) for name in names}

@@ -6,12 +6,45 @@ import difflib
 from collections.abc import Iterable
 
 
+MISTAKES = 20  # lines of one message, at most
+
+
+def one_line(text: str, most: int = 1200) -> str:
+    r"""Text from anywhere as a terminal may print it: one line, no control characters, cut in its middle where too long.
+
+    Example:
+        >>> print(one_line("a\x1b[2J\nb"))
+        a\x1b[2J\nb
+    """
+
+    def cut(text: str) -> str:
+        return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+    text = cut(text)
+    if text.isprintable():
+        return text
+    return cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+
 class PotstillError(ValueError):
-    """A mistake that the user can mend: one line, naming the argument, its value and what is allowed.
+    r"""A mistake that the user can mend: one line, naming the argument, its value and what is allowed.
 
     The command line prints it on standard error and exits with code 2; Python code catches it as a
-    `ValueError`.
+    `ValueError`. Words from files go into messages as they are: what a terminal would act on is escaped here, and what
+    is too long is cut in its middle.
+
+    Args:
+        lines: The message; where several mistakes are named at once, a line for each.
+
+    Example:
+        >>> print(PotstillError("no class '\x1b[31m'"))
+        no class '\x1b[31m'
     """
+
+    def __init__(self, *lines: object) -> None:
+        more = [f"... and {len(lines) - MISTAKES} more"] if len(lines) > MISTAKES else []
+        shown = [one_line(str(line), 1200 if len(lines) == 1 else 300) for line in lines[:MISTAKES]]
+        super().__init__("\n  ".join([*shown, *more]))
 
 
 class Stopped(RuntimeError):
@@ -35,7 +68,7 @@ def unknown(kind: str, name: str, allowed: Iterable[str], hint: str = "") -> Pot
         >>> str(unknown("method", "dsm", ["dm", "random"], "`potstill list methods` shows all"))
         "no method 'dsm'; did you mean 'dm'? `potstill list methods` shows all"
     """
-    names = sorted(allowed)
+    names, name = sorted(allowed), one_line(str(name), 100)
     close = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
     if close:
         tail = "did you mean " + " or ".join(f"'{c}'" for c in close) + "?"

@@ -22,9 +22,11 @@ from .errors import PotstillError
 from .places import SET, locate
 from .recipe import Recipe, to_dict
 from .records import write_whole
+from .strict import check_plain, read_json
 from .transforms import Transform, build, describe, digest_of, read_beside, write_beside
 
 FORMAT = 1
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HEADER = "potstill"  # one key: safetensors does not keep the order of several, and the same set must be the same bytes
 
 
@@ -203,16 +205,17 @@ def load(path: str | Path) -> DistilledSet:
         )
     tensors, header = read_tensors(file, "set")
     try:
+        check_plain(header)
         if header.pop("format") != FORMAT:
             raise PotstillError(f"{file} has a format that this version of potstill does not know; a newer one does")
         meta, matrix = Meta(**header), tensors.get("matrix")
         matrix = read_beside(file.parent, meta.transform) if matrix is None else matrix
         made = DistilledSet(tensors["inputs"], tensors["labels"], meta, tensors.get("lr"), matrix)
         _check(made, file)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, PotstillError):
             raise
-        raise PotstillError(f"{file} is no distilled set: {error}") from error
+        raise PotstillError(f"{file} is no distilled set: {first_line(error)}") from error
     return made
 
 
@@ -221,6 +224,12 @@ def _check(made: DistilledSet, file: Path) -> None:
     inputs, labels, meta = made.inputs, made.labels, made.meta
     words = ("method", "data", "fingerprint", "labels", "student", "protocol", "software")
     wrong = [w for w in words if not isinstance(getattr(meta, w), str)]
+    wrong += [w for w in ("seed", "steps") if type(getattr(meta, w)) is not int]
+    wrong += [w for w in ("recipe", "transform") if not isinstance(getattr(meta, w), dict)]
+    wrong += [] if isinstance(meta.mirror, bool) else ["mirror"]
+    wrong += [] if isinstance(meta.teacher, dict | None) else ["teacher"]
+    wrong += [] if _listed(meta.class_names, str) else ["class_names"]
+    wrong += [] if _listed(meta.ipc, int) and min(meta.ipc, default=0) >= 0 else ["ipc"]
     numbers = isinstance(meta.scale, int | float) and 0 < meta.scale < float("inf")
     low_high = [float(v) for v in meta.limits] if len(meta.limits) == 2 else [0.0, 0.0]
     if wrong or not numbers or not low_high[0] < low_high[1]:
@@ -229,7 +238,8 @@ def _check(made: DistilledSet, file: Path) -> None:
         )
     sizes = {len(inputs), len(labels), sum(meta.ipc)}
     classes = len(meta.class_names)
-    if len(sizes) > 1 or 0 in sizes or len(meta.ipc) != classes or inputs.ndim < 2 or not inputs.is_floating_point():
+    plain = all(t is None or t.dtype in FLOATS for t in (inputs, made.lr, labels if labels.ndim > 1 else None))
+    if len(sizes) > 1 or 0 in sizes or len(meta.ipc) != classes or inputs.ndim < 2 or 0 in inputs.shape or not plain:
         raise PotstillError(
             f"{file} is damaged: {tuple(inputs.shape)} inputs, {tuple(labels.shape)} labels, ipc {meta.ipc}"
         )
@@ -247,8 +257,15 @@ def _check(made: DistilledSet, file: Path) -> None:
         raise PotstillError(f"{file} is damaged: its labels are not {meta.ipc} of each class")
     if made.matrix is not None and digest_of(made.matrix) != meta.transform.get("matrix"):
         raise PotstillError(f"{file} is damaged: its whitening matrix does not have the hash that it names")
+    if made.matrix is not None and not (made.matrix.dtype == torch.float32 and made.matrix.isfinite().all()):
+        raise PotstillError(f"{file} is damaged: its whitening matrix is no matrix of finite float32 numbers")
     if not made.standardise.fits(made.shape):
         raise PotstillError(f"{file} has a transform that does not fit inputs of shape {made.shape}")
+
+
+def _listed(value: Any, kind: type) -> bool:
+    """Whether a value is a list of one kind of plain values."""
+    return isinstance(value, list) and all(type(v) is kind for v in value)
 
 
 def read_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -262,7 +279,7 @@ def read_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         tensors = decode(content)
         size = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
-        header = json.loads(metadata[HEADER])
+        header = read_json(metadata[HEADER], finite=False)
     except (SafetensorError, ValueError, OSError) as error:
         raise PotstillError(f"{file} is damaged or no safetensors file ({first_line(error)})") from error
     except KeyError as error:
@@ -297,6 +314,8 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(packed, dict):
         return packed
     ((kind, value),) = packed.items()
+    if kind not in ("tensor", "dict", "tuple", "list"):
+        raise ValueError(f"{str(kind)[:40]!r} is no part of a tree")
     if kind == "tensor":
         return tensors[value]
     if kind == "dict":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -17,7 +18,9 @@ from torch import Tensor
 from .data import Data, Standardise, first_line
 from .errors import PotstillError
 from .exchange import DistilledSet, describe_set
+from .pickles import checked
 from .recipe import find
+from .strict import check_arrays
 
 PROTOCOL = "dsa"  # what a set is judged by that asks for nothing
 SUFFIXES = (".pt", ".pth", ".npz")
@@ -173,7 +176,8 @@ def _labels(y: Tensor, count: int, classes: int, file: Path) -> Tensor:
 
 def _tensor(x: Any, file: Path, what: str) -> Tensor:
     """A plain tensor of numbers, with memory behind every one of them."""
-    x = torch.from_numpy(x) if isinstance(x, np.ndarray) and x.dtype.kind in "uif" and x.dtype != np.uint64 else x
+    if isinstance(x, np.ndarray) and x.dtype.kind in "uif" and x.dtype.itemsize <= 8 and x.dtype != np.uint64:
+        x = torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), ["C", "W"]))
     plain = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
     if not plain or x.is_complex() or x.ndim == 0:
         raise PotstillError(f"{file} has {what} that are no plain array of numbers ({type(x).__name__})")
@@ -196,6 +200,7 @@ def _npz(file: Path) -> tuple[list[tuple[Any, Any]], Tensor | None, str | None]:
                 raise PotstillError(f"{file} lacks {lacking}; it has {', '.join(found.files) or 'nothing'}")
             y = "soft_labels" if "soft_labels" in names else y
             wanted = [x, y, *(n for n in ("lr", "normalisation") if n in names)]
+            check_arrays(handle, wanted)
             arrays = {n: found[n] for n in wanted}
     except PotstillError:
         raise
@@ -271,7 +276,7 @@ def _unpickled(file: Path) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(ALLOWED):
             warnings.simplefilter("ignore")  # of old forms of files
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(checked(file.read_bytes())), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the reader raise
         wants = re.search(r"GLOBAL ([\w.]+)|([\w.]+) (?:was|which is) not an allowed", str(error))
         if wants:

@@ -79,6 +79,17 @@ def leaves(tree: Tree) -> list[Any]:
     return pytree.tree_leaves(tree)
 
 
+def form_of(tree: Tree) -> Any:
+    """What a tree is without its numbers: shapes and types of tensors, types of all else; a named tuple is a tuple."""
+    if isinstance(tree, Tensor):
+        return tuple(tree.shape), tree.dtype
+    if isinstance(tree, dict):
+        return {k: form_of(v) for k, v in tree.items()}
+    if isinstance(tree, list | tuple):
+        return "list" if isinstance(tree, list) else "tuple", [form_of(v) for v in tree]
+    return type(tree)
+
+
 def detach(tree: Tree) -> Tree:
     """The same tree, cut from the graph."""
     return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tree)

@@ -27,6 +27,7 @@ from .errors import PotstillError, unknown
 from .functional import Key
 from .pictures import Listing, cached
 from .records import cache
+from .strict import check_arrays
 from .transforms import Standardise
 
 DATA_ROOT = "POTSTILL_DATA"
@@ -232,6 +233,7 @@ def _npz(path: Path, name: str) -> Data:
                 raise PotstillError(
                     f"{path.name} lacks {', '.join(missing)}; it has {', '.join(file.files) or 'nothing'}"
                 )
+            check_arrays(handle, list(wanted))
             arrays = [file[w] for w in wanted]
     except PotstillError:
         raise

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .asking import recipe_of, whole_numbers
-from .checkpoint import Ask, Progress, check_same, load_checkpoint, open_folder, save_checkpoint
+from .checkpoint import Ask, Progress, check_fits, check_same, load_checkpoint, open_folder, save_checkpoint
 from .compiling import EAGER_FLOPS, check_device, choose_compile, choose_precision, count_flops, keep_memory
 from .data import Data, load_data
 from .errors import PotstillError, Stopped
@@ -191,6 +191,7 @@ def prepare(
             ask.ranks,
         )
         still = Still(data, settings, start, group)
+        check_fits(progress, still, out)
         say(f"resumed at step {progress.step} of {steps}")
         if on and progress.step < steps:
             with clock.phase("compile"):

@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import math
 import re
-import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from .functional import OPTIMISERS, Optimiser
 from .objectives import OBJECTIVES, Objective
 from .replay import Experts
 from .sources import Pool, Source
+from .strict import read_toml
 from .synthetic import INITIALISERS, SELECTORS
 
 
@@ -324,6 +324,8 @@ def read(path: Path) -> Recipe:
         PotstillError: No such file, no TOML, or fields that do not exist.
     """
     try:
-        return from_dict(tomllib.loads(path.read_text()))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return from_dict(read_toml(path))
+    except PotstillError:
+        raise
+    except (OSError, ValueError) as error:
         raise PotstillError(f"--recipe {path} cannot be read ({error})") from error

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from . import strict
 from .errors import PotstillError, Unwritable
 
 FORMAT = 1
@@ -97,7 +98,7 @@ def read_json(path: Path) -> Any:
         PotstillError: It is not there or not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return strict.read_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise PotstillError(f"{path} is not a whole record ({type(error).__name__})") from error
 

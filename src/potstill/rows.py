@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import PotstillError, unknown
+from .strict import read_toml
 
 TABLES = ("performance", "transfer", "cost")
 MARKS = ("read", "quoted", "remembered")
@@ -185,15 +185,16 @@ def suites(name: str, places: Sequence[Path]) -> list[Suite]:
     for file in found:
         try:
             suite, wrong = read(file, own=name.endswith(".toml"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except PotstillError:
+            raise
+        except (OSError, ValueError) as error:
             raise PotstillError(f"{file} cannot be read ({error})") from error
         mistakes += wrong
         mistakes += [f"{file.name}: a row for {row.cell}, as in {other.name}.toml" for other in read_ if other.table == suite.table
                      for row in suite.rows if row.cell in {r.cell for r in other.rows}]  # fmt: skip
         read_.append(suite)
     if mistakes:
-        shown = "\n".join(f"  {m}" for m in mistakes)
-        raise PotstillError(f"{name}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}\n{shown}")
+        raise PotstillError(f"{name}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}", *mistakes)
     return read_
 
 
@@ -204,7 +205,7 @@ def read(file: Path, own: bool = True) -> tuple[Suite, list[str]]:
         file: The file.
         own: Whether it is called by its path and not by a name.
     """
-    plain = tomllib.loads(file.read_text(encoding="utf-8"))
+    plain = read_toml(file)
     mistakes: list[str] = []
 
     def wrong(line: str) -> None:
@@ -232,6 +233,7 @@ def read(file: Path, own: bool = True) -> tuple[Suite, list[str]]:
         if made is not None:
             experts[name] = made
     rows: list[Row | CostRow] = []
+    cells: set[str] = set()
     for i, entry in enumerate(given):
         at = f"row {i + 1}" + (f" ({entry['method']})" if isinstance(entry, Mapping) and "method" in entry else "")
         row, lines = make(CostRow if table == "cost" else Row, entry)
@@ -241,8 +243,9 @@ def read(file: Path, own: bool = True) -> tuple[Suite, list[str]]:
             continue
         for line in faults(row, experts):
             wrong(f"{at}: {line}")
-        if row.cell in {r.cell for r in rows}:
+        if row.cell in cells:
             wrong(f"{at}: a second row for {row.cell}")
+        cells.add(row.cell)
         rows.append(row)
     return Suite(file.stem, str(title), str(table), tuple(rows), experts, file.name if own else file.stem), mistakes
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .augment import Augment
 from .data import Classification, Data
 from .errors import PotstillError, unknown
-from .functional import SGD, Adam, Key, Tree, detach, to
+from .functional import SGD, Adam, Key, Tree, detach, form_of, to
 from .networks import Network, State, blend
 from .objectives.base import Net
 from .synthetic import Synthetic
@@ -48,6 +48,10 @@ class Source:
         Raises:
             PotstillError: The source's networks are for another network or other data.
         """
+
+    def fits(self, network: Network, pool: Tree) -> bool:
+        """Whether a state that was read from a file can be this source's for such a network."""
+        return bool(form_of(pool) == form_of(self.init()))
 
     def calibrate(self, net: Net, x: Tensor) -> Net:
         """The network with the batch statistics of x (N, *shape) as its stored ones."""
@@ -123,6 +127,13 @@ class Pool(Source):
     def init(self) -> Tree:
         """The pool before the first step: nothing in it; networks are made when they are first fetched."""
         return {"states": [()] * self.size, "ages": torch.arange(self.size) * self.lifetime // self.size}
+
+    def fits(self, network: Network, pool: Tree) -> bool:
+        """Whether its places are empty or hold such a network with the state of its optimiser."""
+        state = network.init(Key(0))
+        forms = [form_of(()), form_of((state, self.optimiser.init(state.params)))]
+        empty = {**pool, "states": [() for _ in pool["states"]]} if isinstance(pool, dict) and isinstance(pool.get("states"), list) else {}  # fmt: skip
+        return form_of(empty) == form_of(self.init()) and all(form_of(s) in forms for s in pool["states"])
 
     def fetch(self, network: Network, pool: Tree, key: Key, progress: float) -> tuple[int, Net]:
         slot = int(key.fold("slot").integers(self.size))

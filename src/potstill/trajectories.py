@@ -8,7 +8,6 @@ flat in the order that the index states. Reading maps the file and touches the r
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from .errors import PotstillError
 from .functional import Key
 from .networks import Network, State
 from .records import digest
+from .strict import read_json
 from .transforms import describe
 
 FORMAT = 1
@@ -223,7 +223,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise PotstillError(f"no experts in {folder}; `potstill experts DATA --out {folder}` records some")
     try:
-        meta = json.loads(file.read_bytes())
+        meta = read_json(file.read_bytes())
         if meta["format"] != FORMAT:
             raise PotstillError(f"{file} has format version {meta['format']}; this potstill reads version {FORMAT}")
         layouts, epochs = [Layout.read(meta[k]) for k in ("params", "buffers")], int(meta["epochs"])

@@ -116,7 +116,10 @@ class ZCA:
     @cached_property
     def inverse(self) -> Tensor:
         """W^-1 (d, d), solved in float64."""
-        return torch.linalg.inv(self.matrix.double()).float()
+        try:
+            return torch.linalg.inv(self.matrix.double()).float()
+        except torch.linalg.LinAlgError as error:
+            raise PotstillError("the whitening of this set cannot be undone: its matrix has no inverse") from error
 
     def _turn(self, x: Tensor, which: str) -> Tensor:
         place = f"{which} {x.device} {x.dtype}"
@@ -268,6 +271,9 @@ def build(said: dict[str, Any], matrix: Tensor | None = None) -> Transform:
     check_transform(kind)
     if kind == "none":
         return Nothing()
+    columns = [torch.as_tensor(said[k], dtype=torch.float32) for k in ("mean", "std")]
+    if not all(c.ndim == 1 and c.isfinite().all() for c in columns) or not columns[1].all():
+        raise PotstillError("the mean and standard deviation of this set are no rows of numbers, or one divides by 0")
     plain = Standardise(tuple(said["mean"]), tuple(said["std"]), said["trailing"])
     if kind == "standardise":
         return plain
