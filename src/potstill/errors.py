@@ -22,6 +22,10 @@ class Unwritable(PotstillError, Stopped):
     """A file that could not be written: a full disk or a place without permission. What was there is untouched."""
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM: as Ctrl-C, but with exit code 143. Only the command line asks for it."""
+
+
 def unknown(kind: str, name: str, allowed: Iterable[str], hint: str = "") -> PotstillError:
     """An error for a name that does not exist, with the nearest ones that do.
 

@@ -2,64 +2,76 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as encode
 from torch import Tensor
 
 from . import records
 from .augment import Augment
-from .checkpoint import open_folder
 from .compiling import EAGER_FLOPS, PRECISIONS, check_device, choose_compile, choose_precision, keep_memory
 from .data import Data, load_data
 from .errors import PotstillError, unknown
-from .exchange import HEADER, pack, read_tensors, unpack
+from .exchange import pack, unpack
 from .judge import fitting
 from .methods import DSA
 from .networks import State
 from .networks import network as build_network
+from .outputs import opened
 from .recorder import Progress, Recorder
+from .sealed import BEFORE, CHECKPOINT, newest, read_sealed, write_checkpoint
 from .training import Protocol, Trainer
-from .trajectories import FORMAT, INDEX, Layout, Trajectories, digest_of, file_of, open_experts, read_index, read_rows
+from .trajectories import (
+    FORMAT,
+    INDEX,
+    Layout,
+    Trajectories,
+    check_expert,
+    digest_of,
+    file_of,
+    open_experts,
+    read_index,
+)
 from .transforms import check_transform, describe
 
 SAVE_EVERY = 30.0  # seconds between checkpoints within an epoch; they change no number
 SHARE = 20  # and at least so many times what the last one took: large networks are not only saved
 AUGMENTS = {"dsa": DSA, "none": Augment()}
-CHECKPOINT = "checkpoint.safetensors"
 
 
 def ours(name: str) -> bool:
     """Whether a recording writes a file of this name."""
-    return name in (INDEX, CHECKPOINT) or re.fullmatch(r"expert-\d{3,}\.safetensors", name) is not None
+    return name in (INDEX, CHECKPOINT, BEFORE) or re.fullmatch(r"expert-\d{3,}\.safetensors", name) is not None
 
 
 def save_checkpoint(out: Path, mark: str, now: Progress) -> None:
     """What a resumed recording goes on with."""
     tensors: dict[str, Tensor] = {}
     plain = now._replace(state=tuple(now.state))._asdict()  # type: ignore[arg-type]
-    header = json.dumps({"format": FORMAT, "mark": mark, "now": pack(plain, tensors)})
-    records.write_whole(out / CHECKPOINT, encode(tensors, metadata={HEADER: header}))
+    header = {"format": FORMAT, "mark": mark, "now": pack(plain, tensors)}
+    write_checkpoint(out, tensors, header)
 
 
-def load_checkpoint(out: Path, mark: str, layouts: tuple[Layout, Layout]) -> Progress | None:
+def load_checkpoint(
+    out: Path, mark: str, layouts: tuple[Layout, Layout], say: Callable[[str], None]
+) -> Progress | None:
     """How far the expert in work is, or nothing where none was saved or another recording's is there.
 
     Raises:
-        PotstillError: The file is damaged.
+        PotstillError: The file is damaged, and so is the one before it.
     """
-    file = out / CHECKPOINT
-    if not file.exists():
-        return None
-    tensors, header = read_tensors(file, "checkpoint")
+    return newest(out, partial(_read, mark, layouts), say)
+
+
+def _read(mark: str, layouts: tuple[Layout, Layout], file: Path) -> Progress | None:
+    tensors, header = read_sealed(file, "checkpoint")
     try:
         if header["mark"] != mark:
             return None
@@ -69,7 +81,7 @@ def load_checkpoint(out: Path, mark: str, layouts: tuple[Layout, Layout]) -> Pro
             raise ValueError("its network is another one")
         return now
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PotstillError(f"{file} is damaged ({type(error).__name__}: {error}); --force starts again") from error
+        raise PotstillError(f"{file} is damaged ({type(error).__name__}: {error})") from error
 
 
 def check_same(then: dict[str, Any], now: dict[str, Any], asked: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -236,31 +248,33 @@ def record(
     on, why = choose_compile(compile, work / EAGER_FLOPS, device)
     recorder = Recorder(data, net.at(PRECISIONS[exact]), protocol, seed, on, device)
     out = Path(out)
-    open_folder(out, resume, force, ours)
-    pinned = {"compile": on, "precision": exact, "threads": torch.get_num_threads()}
-    index = index_of(recorder, holdout, augment, pinned)
-    now: Progress | None = None
-    if resume and (out / INDEX).exists():
-        then = read_index(out)
-        asked = {k: v for k, v, word in (("compile", on, compile), ("precision", exact, precision)) if word != "auto"}
-        check_same(then, index, asked, say)
-        index, pinned = then, then["pinned"]
-        torch.set_num_threads(pinned["threads"])
-        on, exact, why = pinned["compile"], pinned["precision"], "as it began"
-        recorder = Recorder(data, net.at(PRECISIONS[exact]), protocol, seed, on, device)
-        for i in range(len(index["experts"])):
-            read_rows(out / file_of(i), recorder.layouts, epochs, 0)
-        now = load_checkpoint(out, mark_of(index), recorder.layouts)
-        now = now if now is not None and now.expert == len(index["experts"]) < count else None
-    elif resume:
-        say(f"nothing to resume in {out}: the recording begins")
-    if not (out / INDEX).exists():
-        records.write_json(out / INDEX, index)
-    say(f"compile {'on' if on else 'off'} ({why}), precision {exact}")
-    for i, made in enumerate(index["experts"]):
-        say(line_of(i, made) + ", recorded before")
-    run(recorder, out, index, count, now, say, bar)
-    return open_experts(out)
+    with opened(out, resume, force, ours):
+        pinned = {"compile": on, "precision": exact, "threads": torch.get_num_threads()}
+        index = index_of(recorder, holdout, augment, pinned)
+        now: Progress | None = None
+        if resume and (out / INDEX).exists():
+            then = read_index(out)
+            asked = {
+                k: v for k, v, word in (("compile", on, compile), ("precision", exact, precision)) if word != "auto"
+            }
+            check_same(then, index, asked, say)
+            index, pinned = then, then["pinned"]
+            torch.set_num_threads(pinned["threads"])
+            on, exact, why = pinned["compile"], pinned["precision"], "as it began"
+            recorder = Recorder(data, net.at(PRECISIONS[exact]), protocol, seed, on, device)
+            for i in range(len(index["experts"])):
+                check_expert(out / file_of(i), recorder.layouts, index["experts"][i]["rows"])
+            now = load_checkpoint(out, mark_of(index), recorder.layouts, say)
+            now = now if now is not None and now.expert == len(index["experts"]) < count else None
+        elif resume:
+            say(f"nothing to resume in {out}: the recording begins")
+        if not (out / INDEX).exists():
+            records.write_sealed(out / INDEX, index)
+        say(f"compile {'on' if on else 'off'} ({why}), precision {exact}")
+        for i, made in enumerate(index["experts"]):
+            say(line_of(i, made) + ", recorded before")
+        run(recorder, out, index, count, now, say, bar)
+        return open_experts(out)
 
 
 def mark_of(index: dict[str, Any]) -> str:
@@ -322,9 +336,10 @@ def run(
                 "losses": list(now.losses),
             }
             index["experts"].append(made)
-            records.write_json(out / INDEX, index)
+            records.write_sealed(out / INDEX, index)
             say(f"{line_of(expert, made)}, {time.monotonic() - start:.0f} s")
     finally:
         if line is not None:
             line.close()
-    (out / CHECKPOINT).unlink(missing_ok=True)
+    for name in (CHECKPOINT, BEFORE):
+        (out / name).unlink(missing_ok=True)

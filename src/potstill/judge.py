@@ -21,7 +21,7 @@ from .compiling import (
 from .data import Data
 from .errors import unknown
 from .exchange import DistilledSet
-from .functional import Key
+from .functional import Key, finite
 from .measure import peak_bytes, reset_peak
 from .networks import network
 from .records import cache, digest, write_json
@@ -134,6 +134,11 @@ class Judge:
         bar = self.bar(len(sets) * trainer.steps(samples), f"{name} on {trainer.name}", 0) if self.bar else None
         keys = [Key(self.seed).fold("evaluate", r) for r in range(len(sets))]
         states = trainer.fit(sets, keys, bar.update if bar is not None else lambda n: None, prepare if raw else None)
+        if lost := sum(not finite(tuple(s)) for s in states):
+            self.say(
+                f"note: {lost} of {len(states)} networks ({trainer.name} on {name}) ended with weights that are not finite; "
+                "their accuracy is that of naming the first class always"
+            )
         scores = [trainer.score(s, self.data.test.inputs, self.data.test.labels, prepare) for s in states]
         if bar is not None:
             bar.close()

@@ -13,18 +13,21 @@ from typing import Any
 import torch
 
 from .asking import recipe_of, whole_numbers
-from .checkpoint import Ask, Progress, check_same, load_checkpoint, open_folder, save_checkpoint
+from .blame import blame
+from .checkpoint import Ask, Progress, check_same, load_checkpoint, ours, save_checkpoint
 from .compiling import EAGER_FLOPS, check_device, choose_compile, choose_precision, count_flops, keep_memory
 from .data import Data, load_data
 from .errors import PotstillError, Stopped
 from .estimate import words
 from .evaluation import evaluate as evaluate_sets
 from .exchange import DistilledSet, describe_set, load
+from .faults import memory_said
 from .functional import Key
 from .judge import BASELINES
 from .measure import Clock, cost, reset_peak
 from .networks import network as build_network
 from .outcome import record_of, write
+from .outputs import contents, opened
 from .recipe import Recipe
 from .still import Settings, Still, start_of
 from .synthetic import Synthetic, counts_per_group, share
@@ -118,7 +121,8 @@ def run_steps(
         with clock.phase("loop"):
             while progress.step < total:
                 step, now = progress.at
-                after, loss = still.step(now, step)
+                with memory_said(f"step {step + 1}; the last good set, of step {step}, is kept in {out}"):
+                    after, loss = still.step(now, step)
                 first = progress.losses[: min(step, 10)]
                 ran_away = len(first) == 10 and loss > DIVERGED * float(first.abs().max())
                 if not math.isfinite(loss) or ran_away or not all(v.isfinite().all() for v in after.learned.values()):
@@ -126,7 +130,7 @@ def run_steps(
                     part = still.settings.recipe.learn[0]
                     lower = 0.1 * still.settings.recipe.optimiser[part].lr
                     raise Stopped(
-                        f"step {step + 1}: the loss {what} {loss:g}; the last good set, of step {step}, is kept in {out}; "
+                        f"step {step + 1}: the loss {what} {loss:g}{blame(still, now, step)}; the last good set, of step {step}, is kept in {out}; "
                         f"a lower learning rate usually helps, such as --set optimiser.{part}.lr={lower:g}"
                     )
                 progress.losses[step] = loss
@@ -160,7 +164,7 @@ def prepare(
     precision = choose_precision(
         ask.precision, ask.device, build_network(recipe.network, data.shape, data.task.outputs)
     )
-    found = load_checkpoint(out) if resume else None
+    found = load_checkpoint(out, say) if resume else None
     if found is not None:
         pinned, progress = found
         check_same(pinned, ask, recipe, counts, data, say)
@@ -357,13 +361,38 @@ def distill(
     each = counts_per_group(counts, data.counts)
     choose_precision(precision, device, build_network(recipe.network, data.shape, data.task.outputs))
     choose_compile(compile, 0.0, device)
-    open_folder(out, resume, force)
-    if resume and not any(out.iterdir()):
+    with opened(out, resume, force, ours):
+        return carry_out(
+            ask, whole, data, recipe, each, out, resume, repeats if evaluate else 0, clock, say, bar, watch
+        )
+
+
+def carry_out(
+    ask: Ask, whole: Data, data: Data, recipe: Recipe, each: list[int], out: Path, resume: bool, repeats: int, clock: Clock,
+    say: Callable[[str], None], bar: Callable[[int, str, int], Any] | None, watch: Watch,
+) -> Run:  # fmt: skip
+    """`distill` in a folder that is this process's alone, all arguments checked.
+
+    Args:
+        ask: What was asked for.
+        whole: The data.
+        data: With a part held out.
+        recipe: The run's, as far as it is known before the steps are planned.
+        each: Samples of each group.
+        out: The folder.
+        resume: Whether it is continued.
+        repeats: Networks for each number; 0 to judge nothing.
+        clock: With the time so far.
+        say: Receives lines for the user.
+        bar: Makes a progress bar.
+        watch: Receives losses and looks.
+    """
+    if resume and not contents(out, ours):
         say(f"nothing to resume in {out}: the run begins")
 
     results: list[dict[str, Any]] = []
     still, progress = None, None
-    school = School(data, seed, device, compile, precision, say, bar)
+    school = School(data, ask.seed, ask.device, ask.compile, ask.precision, say, bar)
     with clock.phase("start"):
         start = start_of(school, recipe, each)
     if recipe.objective is None:
@@ -388,7 +417,7 @@ def distill(
         set_ = still.set(progress.at[1].learned, progress.step)
     record = record_of(ask, data, recipe, each, set_, progress, still, out, clock)
     write(out, record, set_, progress, still, data)
-    if evaluate:
+    if repeats:
         with clock.phase("evaluation"):
             found = evaluate_sets(
                 set_,
@@ -396,15 +425,15 @@ def distill(
                 networks=[recipe.student],
                 baselines=BASELINES,
                 repeats=repeats,
-                seed=seed,
-                device=device,
-                compile=compile,
-                precision=precision,
+                seed=ask.seed,
+                device=ask.device,
+                compile=ask.compile,
+                precision=ask.precision,
                 affordable=AFFORDABLE,
                 say=say,
                 bar=bar,
             )
         results = [asdict(r) for r in found]
-        record = {**record, "results": results, "cost": cost(clock, record["cost"]["seconds_per_step"], device)}
+        record = {**record, "results": results, "cost": cost(clock, record["cost"]["seconds_per_step"], ask.device)}
         write(out, record, set_, progress, still, data)
     return Run(set_, record, out)
