@@ -202,10 +202,13 @@ def test_changed_data_are_refused(tmp_path):
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
     run(tmp_path / "a")
-    file = tmp_path / "a" / "checkpoint.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(PotstillError, match=r"checkpoint\.safetensors is damaged"):
+    for name in ("checkpoint.safetensors", "checkpoint-before.safetensors"):
+        file = tmp_path / "a" / name
+        file.write_bytes(file.read_bytes()[:-100])
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    with pytest.raises(PotstillError, match=r"checkpoint\.safetensors is damaged .* so is checkpoint-before"):
         run(tmp_path / "a", resume=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):

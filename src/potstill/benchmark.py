@@ -23,10 +23,11 @@ from . import findings
 from .bench import Bench
 from .cells import accuracy, in_zoo, minutes
 from .compiling import PRECISIONS, check_device, choose_compile, keep_memory
-from .costs import TIME, in_own_process, out_of_memory
+from .costs import TIME, in_own_process
 from .errors import PotstillError, Stopped, unknown
+from .faults import out_of_memory
 from .judge import protocol_of
-from .records import digest, read_json, software, write_json
+from .records import digest, read_json, software, sweep, write_json, write_sealed
 from .rows import CostRow, Row, Suite
 
 Record = dict[str, Any]
@@ -191,6 +192,7 @@ class Benchmark:
                 if cell.fate == ABSENT and self._measured(file):
                     return ABSENT  # what was measured when the data were here stays
                 file.parent.mkdir(parents=True, exist_ok=True)
+                sweep(file)
                 began = perf_counter()
                 head = self._head(cell, found)
                 if cell.fate == ABSENT:
@@ -199,7 +201,7 @@ class Benchmark:
                     self.bench.say(f"{name}: begins, about {cell.minutes:.1f} min")
                     record = self._caught(cell, head, file)
                     record["seconds"] = round(head["seconds"] + perf_counter() - began, 3)
-                write_json(file, record)
+                write_sealed(file, record)
         except Timeout:
             return OTHER
         self.bench.say(f"{name}: {record['status']}{self._words(record)}")

@@ -24,7 +24,7 @@ from .loop import distill
 from .networks import network as build_network
 from .objectives import ByGroup
 from .recipe import find
-from .records import digest, read_json, write_json
+from .records import digest, read_json, write_sealed
 from .rows import WHOLE, CostRow, Recording, Row, Suite
 from .students import fit_of, is_kernel
 from .training import Trainer
@@ -79,7 +79,7 @@ def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -
         if result is None:  # such as the whole set for a kernel; the judge has said why
             return
         results.append(asdict(result) | {"seed": seed, "role": role, "variant": variant})
-        write_json(file, record)
+        write_sealed(file, record)
 
     judge = bench.judge(data, row.protocol, row.repeats)
     if row.method == WHOLE:
@@ -88,7 +88,7 @@ def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -
         return {**record, "status": "done"}
     for seed in row.seeds:
         set_ = made(bench, suite, row, record, seed, data)
-        write_json(file, record)
+        write_sealed(file, record)
         for name in row.networks:
             trainer = judge.student(name, judge.resolved(set_), set_, set_.meta.labels, False)
             for role, variant, judged in _ways(bench, row, set_, judge, name, seed == row.seeds[0]):
@@ -142,7 +142,7 @@ def _shared(bench: Bench, judge: Judge, role: str, set_: DistilledSet, name: str
             return replace(Result(**read_json(file)), dataset=data.name)
         file.parent.mkdir(parents=True, exist_ok=True)
         result = run()
-        write_json(file, asdict(result))
+        write_sealed(file, asdict(result))
         return result
 
     return kept

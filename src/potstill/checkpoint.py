@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,20 @@ from .arrays import first_line
 from .compiling import PRECISIONS
 from .data import Data
 from .errors import PotstillError
-from .exchange import HEADER, pack, read_tensors, unpack
+from .exchange import pack, unpack
 from .functional import form_of
 from .measure import Clock
 from .recipe import Recipe, from_dict, to_dict
 from .replay import Experts
+from .sealed import BEFORE, CHECKPOINT, OtherVersion, newest, read_sealed, write_checkpoint
 from .still import Now, Still
 
 FORMAT = 1
 MOST_STEPS = 10**8  # whose losses take 0.8 GB
 OURS = (
     "set.safetensors",
-    "checkpoint.safetensors",
+    CHECKPOINT,
+    BEFORE,
     "snapshots.safetensors",
     "record.json",
     "recipe.toml",
@@ -80,47 +82,6 @@ def ours(name: str) -> bool:
     return name in OURS or re.fullmatch(r"zca-[0-9a-f]{16}\.safetensors", name) is not None
 
 
-def open_folder(out: Path, resume: bool, force: bool, ours: Callable[[str], bool] = ours) -> None:
-    """Make the run's folder, or see that an existing one may be used.
-
-    Args:
-        out: The folder.
-        resume: Whether what is there is to be continued.
-        force: Whether it is to be deleted.
-        ours: Whether a file of a given name is one that the run writes.
-
-    Raises:
-        PotstillError: It holds something else, or a run that was not to be continued.
-    """
-    try:
-        if out.exists() and not out.is_dir():
-            raise PotstillError(f"--out {out} is a file; a folder is needed")
-        inside = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-    except OSError as error:
-        raise PotstillError(f"--out {out} cannot be used ({error.strerror})") from error
-    # a killed process leaves files half-written under the name that `write_whole` gives them meanwhile
-    foreign = [
-        n
-        for n in inside
-        if (out / n).is_dir() or not (ours(n) or (n.startswith(".") and ours(n[1:].rpartition(".")[0])))
-    ]
-    if foreign:
-        raise PotstillError(
-            f"--out {out} holds something else ({foreign[0]}); name a folder that is empty or not there"
-        )
-    if resume and force:
-        raise PotstillError("--resume continues a run and --force starts it again; give one of them")
-    if inside and not resume and not force:
-        raise PotstillError(f"--out {out} holds a run already; --resume continues it, --force starts it again")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PotstillError(f"--out {out} cannot be made ({error.strerror})") from error
-    for name in inside:
-        if force or not ours(name):  # what a killed process left half-written
-            (out / name).unlink()
-
-
 def save_checkpoint(out: Path, still: Still, progress: Progress, clock: Clock, others: Sequence[Any] = ()) -> None:
     """A usable set, then the state that a resumed run begins with, with what other ranks have of their own; each file whole
     or not at all."""
@@ -139,22 +100,23 @@ def save_checkpoint(out: Path, still: Still, progress: Progress, clock: Clock, o
         "looks": progress.looks,
         "seconds": clock.seconds,
     }
-    records.write_whole(out / "checkpoint.safetensors", encode(tensors, metadata={HEADER: json.dumps(header)}))
+    write_checkpoint(out / CHECKPOINT, tensors, header)
 
 
-def load_checkpoint(out: Path, rank: int = 0) -> tuple[dict[str, Any], Progress] | None:
+def load_checkpoint(out: Path, say: Callable[[str], None], rank: int = 0) -> tuple[dict[str, Any], Progress] | None:
     """Pinned settings and a rank's progress, or nothing where no checkpoint was written yet.
 
     Raises:
-        PotstillError: The file is damaged.
+        PotstillError: The file is damaged, and so is the one before it.
     """
-    file = out / "checkpoint.safetensors"
-    if not file.exists():
-        return None
-    tensors, header = read_tensors(file, "checkpoint")
+    return newest(out / CHECKPOINT, partial(_read, rank=rank), say)
+
+
+def _read(file: Path, rank: int) -> tuple[dict[str, Any], Progress]:
+    tensors, header = read_sealed(file, "checkpoint")
     try:
         if header["format"] != FORMAT:
-            raise PotstillError(f"{file} was written by another version of potstill; --force starts again")
+            raise OtherVersion(f"{file} was written by another version of potstill; --force starts again")
         settings, step = header["settings"], header["step"]
         missing = {"recipe", "counts", "seed", "holdout", "steps", "device", "compile", "precision", "threads"} - set(
             settings
@@ -176,9 +138,7 @@ def load_checkpoint(out: Path, rank: int = 0) -> tuple[dict[str, Any], Progress]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, PotstillError):
             raise
-        raise PotstillError(
-            f"{file} is damaged ({type(error).__name__}: {first_line(error)}); --force starts again"
-        ) from error
+        raise PotstillError(f"{file} is damaged ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _check_plain(settings: dict[str, Any], seconds: Any, progress: Progress) -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import PotstillError, Stopped, unknown
+from .errors import PotstillError, Stopped, Terminated, unknown
+from .faults import no_memory, on_terminate, out_of_memory
 from .launch import launched, speaks
 
 SHARED = ("distill", "evaluate", "experts")  # by the processes of torchrun
@@ -402,8 +403,9 @@ def processes(args: argparse.Namespace) -> AbstractContextManager[Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if all went well, 2 for a user's mistake, 1 for a run that stopped, 130 for Ctrl-C."""
+    """Run a command; 0 if all went well, 2 for a user's mistake, 1 for a run that stopped, 130 for Ctrl-C, 143 for SIGTERM."""
     args = argparse.Namespace(command="", group=None)
+    back = on_terminate()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a GPU's tools on a CPU's machine
     try:
         args = parser().parse_args(arguments, args)
@@ -419,10 +421,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as error:
         print(f"potstill: {error}", file=sys.stderr)
         return 1
+    except Terminated:
+        print(f"\npotstill: terminated{goes_on(args.command)}", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
-        resumes = "; the same command with --resume goes on from here" if args.command in ("distill", "experts") else ""
-        print(f"\npotstill: interrupted{resumes}", file=sys.stderr)
+        print(f"\npotstill: interrupted{goes_on(args.command)}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `potstill list methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError, OSError) as error:
+        if out_of_memory(error):
+            print(f"potstill: {no_memory(error)}{goes_on(args.command)}", file=sys.stderr)
+            return 1
+        if not isinstance(error, OSError):
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk below `> log`: nothing more goes there, not at the end of the process either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"potstill: {error.strerror or error}{where}{goes_on(args.command)}", file=sys.stderr)
+        return 2
+    finally:
+        back()
+
+
+def goes_on(command: str) -> str:
+    """How an interrupted command is gone on with."""
+    words = {
+        "distill": "the same command with --resume",
+        "experts": "the same command with --resume",
+        "benchmark": "the same command",
+    }
+    return f"; {words[command]} goes on from here" if command in words else ""

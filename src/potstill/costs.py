@@ -23,6 +23,7 @@ import torch
 from .compiling import choose_precision, count_flops, keep_memory
 from .data import Data
 from .errors import PotstillError
+from .faults import out_of_memory
 from .functional import Key, Tree
 from .loaders import load
 from .measure import peak_bytes, reset_peak
@@ -217,14 +218,6 @@ def _last(said: str) -> dict[str, Any] | None:
         with suppress(ValueError):
             return dict(json.loads(line))
     return None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out."""
-    words = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in words or "not enough memory" in words)
-    )
 
 
 def _limit() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 MISTAKES = 20  # lines of one message, at most
 
 
@@ -53,6 +52,10 @@ class Stopped(RuntimeError):
 
 class Unwritable(PotstillError, Stopped):
     """A file that could not be written: a full disk or a place without permission. What was there is untouched."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by SIGTERM: as Ctrl-C, but with exit code 143. Only the command line asks for it."""
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str], hint: str = "") -> PotstillError:

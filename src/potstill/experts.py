@@ -2,46 +2,56 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as encode
 from torch import Tensor
 
 from . import records
 from .augment import Augment
-from .checkpoint import open_folder
 from .compiling import EAGER_FLOPS, PRECISIONS, check_device, choose_compile, choose_precision, keep_memory
 from .data import Data, load_data
 from .errors import PotstillError, unknown
-from .exchange import HEADER, pack, read_tensors, unpack
+from .exchange import pack, unpack
 from .judge import fitting
 from .launch import restarts
 from .methods import DSA
 from .networks import State
 from .networks import network as build_network
+from .outputs import opened
 from .parallel import ALONE, Group
 from .recorder import Progress, Recorder
+from .sealed import CHECKPOINT, newest, read_sealed, write_checkpoint
 from .training import Protocol, Trainer
-from .trajectories import FORMAT, INDEX, Layout, Trajectories, digest_of, file_of, open_experts, read_index, read_rows
+from .trajectories import (
+    FORMAT,
+    INDEX,
+    Layout,
+    Trajectories,
+    check_expert,
+    digest_of,
+    file_of,
+    open_experts,
+    read_index,
+)
 from .transforms import check_transform, describe
 
 SAVE_EVERY = 30.0  # seconds between checkpoints within an epoch; they change no number
 SHARE = 20  # and at least so many times what the last one took: large networks are not only saved
 AUGMENTS = {"dsa": DSA, "none": Augment()}
-CHECKPOINT = "checkpoint.safetensors"
 
 
 def ours(name: str) -> bool:
     """Whether a recording writes a file of this name."""
-    return name == INDEX or re.fullmatch(r"(checkpoint(-\d+)?|expert-\d{3,})\.safetensors", name) is not None
+    return name == INDEX or re.fullmatch(r"(checkpoint(-\d+)?(-before)?|expert-\d{3,})\.safetensors", name) is not None
 
 
 def checkpoint_of(rank: int) -> str:
@@ -53,19 +63,23 @@ def save_checkpoint(file: Path, mark: str, now: Progress) -> None:
     """What a resumed recording goes on with."""
     tensors: dict[str, Tensor] = {}
     plain = now._replace(state=tuple(now.state))._asdict()  # type: ignore[arg-type]
-    header = json.dumps({"format": FORMAT, "mark": mark, "now": pack(plain, tensors)})
-    records.write_whole(file, encode(tensors, metadata={HEADER: header}))
+    header = {"format": FORMAT, "mark": mark, "now": pack(plain, tensors)}
+    write_checkpoint(file, tensors, header)
 
 
-def load_checkpoint(file: Path, mark: str, layouts: tuple[Layout, Layout]) -> Progress | None:
+def load_checkpoint(
+    file: Path, mark: str, layouts: tuple[Layout, Layout], say: Callable[[str], None]
+) -> Progress | None:
     """How far the expert in work is, or nothing where none was saved or another recording's is there.
 
     Raises:
-        PotstillError: The file is damaged.
+        PotstillError: The file is damaged, and so is the one before it.
     """
-    if not file.exists():
-        return None
-    tensors, header = read_tensors(file, "checkpoint")
+    return newest(file, partial(_read, mark, layouts), say)
+
+
+def _read(mark: str, layouts: tuple[Layout, Layout], file: Path) -> Progress | None:
+    tensors, header = read_sealed(file, "checkpoint")
     try:
         if header["mark"] != mark:
             return None
@@ -75,7 +89,7 @@ def load_checkpoint(file: Path, mark: str, layouts: tuple[Layout, Layout]) -> Pr
             raise ValueError("its network is another one")
         return now
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PotstillError(f"{file} is damaged ({type(error).__name__}: {error}); --force starts again") from error
+        raise PotstillError(f"{file} is damaged ({type(error).__name__}: {error})") from error
 
 
 def check_same(then: dict[str, Any], now: dict[str, Any], asked: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -248,34 +262,35 @@ def record(
     on, why = group.share(choose_compile(compile, work / EAGER_FLOPS, device))
     recorder = Recorder(data, net.at(PRECISIONS[exact]), protocol, seed, on, device)
     out = Path(out)
-    if group.leads:
-        open_folder(out, resume, force, ours)
-    group.agree({"data": data.fingerprint, "torch": torch.__version__})  # and the folder is as it should be
-    pinned = {"compile": on, "precision": exact, "threads": torch.get_num_threads()}
-    index = group.share(index_of(recorder, holdout, augment, pinned))
-    now: Progress | None = None
-    begun = bool(group.share((out / INDEX).exists()))
-    if resume and begun:
-        then = read_index(out)
-        asked = {k: v for k, v, word in (("compile", on, compile), ("precision", exact, precision)) if word != "auto"}
-        check_same(then, index, asked, say)
-        index, pinned = then, then["pinned"]
-        torch.set_num_threads(pinned["threads"])
-        on, exact, why = pinned["compile"], pinned["precision"], "as it began"
-        recorder = Recorder(data, net.at(PRECISIONS[exact]), protocol, seed, on, device)
-        for i in range(len(index["experts"])):
-            read_rows(out / file_of(i), recorder.layouts, epochs, 0)
-        now = load_checkpoint(out / checkpoint_of(group.rank), mark_of(index), recorder.layouts)
-        now = now if now is not None and now.expert == len(index["experts"]) + group.rank < count else None
-    elif resume:
-        say(f"nothing to resume in {out}: the recording begins")
-    if group.leads and not begun:
-        records.write_json(out / INDEX, index)
-    say(f"compile {'on' if on else 'off'} ({why}), precision {exact}")
-    for i, made in enumerate(index["experts"]):
-        say(line_of(i, made) + ", recorded before")
-    run(recorder, out, index, count, now, say, bar, group)
-    return open_experts(out)
+    with opened(out, resume, force, ours) if group.leads else nullcontext():
+        group.agree({"data": data.fingerprint, "torch": torch.__version__})  # and the folder is as it should be
+        pinned = {"compile": on, "precision": exact, "threads": torch.get_num_threads()}
+        index = group.share(index_of(recorder, holdout, augment, pinned))
+        now: Progress | None = None
+        begun = bool(group.share((out / INDEX).exists()))
+        if resume and begun:
+            then = read_index(out)
+            asked = {
+                k: v for k, v, word in (("compile", on, compile), ("precision", exact, precision)) if word != "auto"
+            }
+            check_same(then, index, asked, say)
+            index, pinned = then, then["pinned"]
+            torch.set_num_threads(pinned["threads"])
+            on, exact, why = pinned["compile"], pinned["precision"], "as it began"
+            recorder = Recorder(data, net.at(PRECISIONS[exact]), protocol, seed, on, device)
+            for i in range(len(index["experts"])):
+                check_expert(out / file_of(i), recorder.layouts, index["experts"][i]["rows"])
+            now = load_checkpoint(out / checkpoint_of(group.rank), mark_of(index), recorder.layouts, say)
+            now = now if now is not None and now.expert == len(index["experts"]) + group.rank < count else None
+        elif resume:
+            say(f"nothing to resume in {out}: the recording begins")
+        if group.leads and not begun:
+            records.write_sealed(out / INDEX, index)
+        say(f"compile {'on' if on else 'off'} ({why}), precision {exact}")
+        for i, made in enumerate(index["experts"]):
+            say(line_of(i, made) + ", recorded before")
+        run(recorder, out, index, count, now, say, bar, group)
+        return open_experts(out)
 
 
 def mark_of(index: dict[str, Any]) -> str:
@@ -322,7 +337,7 @@ def run(
                 say(f"{line_of(len(index['experts']), made)}, {seconds:.0f} s")
                 index["experts"].append(made)
             if group.leads:
-                records.write_json(out / INDEX, index)
+                records.write_sealed(out / INDEX, index)
     finally:
         if line is not None:
             line.close()

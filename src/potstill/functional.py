@@ -90,6 +90,12 @@ def form_of(tree: Tree) -> Any:
     return type(tree)
 
 
+def finite(tree: Tree) -> bool:
+    """Whether all numbers of a tree are finite."""
+    found = (t for t in leaves(tree) if isinstance(t, Tensor) and t.is_floating_point())
+    return all(bool(t.isfinite().all()) for t in found)
+
+
 def detach(tree: Tree) -> Tree:
     """The same tree, cut from the graph."""
     return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tree)

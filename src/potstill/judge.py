@@ -21,7 +21,7 @@ from .compiling import (
 from .data import Data
 from .errors import unknown
 from .exchange import DistilledSet
-from .functional import Key
+from .functional import Key, finite
 from .measure import peak_bytes, reset_peak
 from .networks import network
 from .parallel import ALONE, Group
@@ -140,6 +140,11 @@ class Judge:
         bar = self.bar(len(mine) * trainer.steps(samples), f"{name} on {trainer.name}", 0) if self.bar else None
         tick = bar.update if bar is not None else lambda n: None
         states = trainer.fit(mine, keys, tick, prepare if raw else None) if mine else []
+        if lost := sum(self.group.gather(sum(not finite(tuple(s)) for s in states))):
+            self.say(
+                f"note: {lost} of {len(sets)} networks ({trainer.name} on {name}) ended with weights that are not finite; "
+                "their accuracy is that of naming the first class always"
+            )
         scores = [trainer.score(s, self.data.test.inputs, self.data.test.labels, prepare) for s in states]
         scores = self.group.dealt(scores)
         if bar is not None:

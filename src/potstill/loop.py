@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,22 @@ from typing import Any
 import torch
 
 from .asking import recipe_of, whole_numbers
-from .checkpoint import Ask, Progress, check_fits, check_same, load_checkpoint, open_folder, save_checkpoint
+from .blame import blame
+from .checkpoint import Ask, Progress, check_fits, check_same, load_checkpoint, ours, save_checkpoint
 from .compiling import EAGER_FLOPS, check_device, choose_compile, choose_precision, count_flops, keep_memory
 from .data import Data, load_data
 from .errors import PotstillError, Stopped
 from .estimate import words
 from .evaluation import evaluate as evaluate_sets
 from .exchange import DistilledSet, describe_set, load
+from .faults import memory_said
 from .functional import Key
 from .judge import BASELINES
 from .launch import restarts
 from .measure import Clock, cost, reset_peak
 from .networks import network as build_network
 from .outcome import record_of, write
+from .outputs import contents, opened
 from .parallel import ALONE, Group, choose
 from .recipe import Recipe
 from .still import Settings, Still, start_of
@@ -124,7 +128,8 @@ def run_steps(
         with clock.phase("loop"):
             while progress.step < total:
                 step, now = progress.at
-                after, loss = still.step(now, step)
+                with memory_said(f"step {step + 1}; the last good set, of step {step}, is kept in {out}"):
+                    after, loss = still.step(now, step)
                 first = progress.losses[: min(step, 10)]
                 ran_away = len(first) == 10 and loss > DIVERGED * float(first.abs().max())
                 if not math.isfinite(loss) or ran_away or not all(v.isfinite().all() for v in after.learned.values()):
@@ -132,7 +137,7 @@ def run_steps(
                     part = still.settings.recipe.learn[0]
                     lower = 0.1 * still.settings.recipe.optimiser[part].lr
                     raise Stopped(
-                        f"step {step + 1}: the loss {what} {loss:g}; the last good set, of step {step}, is kept in {out}; "
+                        f"step {step + 1}: the loss {what} {loss:g}{blame(still, now, step)}; the last good set, of step {step}, is kept in {out}; "
                         f"a lower learning rate usually helps, such as --set optimiser.{part}.lr={lower:g}"
                     )
                 progress.losses[step] = loss
@@ -169,7 +174,9 @@ def prepare(
     counts = counts_per_group(ask.ipc if isinstance(ask.ipc, int) else list(ask.ipc), data.counts)
     net = build_network(recipe.network, data.shape, data.task.outputs)
     precision = str(group.share(choose_precision(ask.precision, ask.device, net)))
-    found = load_checkpoint(out, group.rank) if resume else None
+    found = load_checkpoint(out, say) if resume and group.leads else None
+    group.share(None)  # the first one puts the one before in the place of a damaged one
+    found = load_checkpoint(out, say, group.rank) if resume and not group.leads else found
     group.agree({"checkpoint": None if found is None else found[1].step})  # before the first one writes another
     if found is not None:
         pinned, progress = found
@@ -385,15 +392,40 @@ def distill(
     if group.size > 1:
         group.agree({"data": data.fingerprint, "torch": torch.__version__})
         say(f"parallel {mode}, {group.size} processes ({why})")
-    if group.leads:
-        open_folder(out, resume, force)
-    group.share(None)  # nobody looks into the folder before it is as it should be
-    if resume and group.leads and not any(out.iterdir()):
+    with opened(out, resume, force, ours) if group.leads else nullcontext():
+        group.share(None)  # nobody looks into the folder before it is as it should be
+        return carry_out(
+            ask, whole, data, recipe, each, out, resume, repeats if evaluate else 0, clock, say, bar, watch, group
+        )
+
+
+def carry_out(
+    ask: Ask, whole: Data, data: Data, recipe: Recipe, each: list[int], out: Path, resume: bool, repeats: int, clock: Clock,
+    say: Callable[[str], None], bar: Callable[[int, str, int], Any] | None, watch: Watch, group: Group = ALONE,
+) -> Run:  # fmt: skip
+    """`distill` in a folder that is this process's alone, all arguments checked.
+
+    Args:
+        ask: What was asked for.
+        whole: The data.
+        data: With a part held out.
+        recipe: The run's, as far as it is known before the steps are planned.
+        each: Samples of each group.
+        out: The folder.
+        resume: Whether it is continued.
+        repeats: Networks for each number; 0 to judge nothing.
+        clock: With the time so far.
+        say: Receives lines for the user.
+        bar: Makes a progress bar.
+        watch: Receives losses and looks.
+        group: The processes that share the run.
+    """
+    if resume and group.leads and not contents(out, ours):
         say(f"nothing to resume in {out}: the run begins")
 
     results: list[dict[str, Any]] = []
     still, progress = None, None
-    school = School(data, seed, device, compile, precision, say, bar)
+    school = School(data, ask.seed, ask.device, ask.compile, ask.precision, say, bar)
     with clock.phase("start"):
         start = Synthetic(**group.share(vars(start_of(school, recipe, each)) if group.leads else None))
     if recipe.objective is None:
@@ -420,7 +452,7 @@ def distill(
     if group.leads:
         record = record_of(ask, data, recipe, each, set_, progress, still, out, clock)
         write(out, record, set_, progress, still, data)
-    if evaluate:
+    if repeats:
         with clock.phase("evaluation"):
             found = evaluate_sets(
                 set_,
@@ -428,10 +460,10 @@ def distill(
                 networks=[recipe.student],
                 baselines=BASELINES,
                 repeats=repeats,
-                seed=seed,
-                device=device,
-                compile=compile,
-                precision=precision,
+                seed=ask.seed,
+                device=ask.device,
+                compile=ask.compile,
+                precision=ask.precision,
                 affordable=AFFORDABLE,
                 group=group,
                 say=say,
@@ -439,6 +471,6 @@ def distill(
             )
         results = [asdict(r) for r in found]
         if group.leads:
-            record = {**record, "results": results, "cost": cost(clock, record["cost"]["seconds_per_step"], device)}
+            record = {**record, "results": results, "cost": cost(clock, record["cost"]["seconds_per_step"], ask.device)}
             write(out, record, set_, progress, still, data)
     return Run(set_, group.share(record), out)

@@ -14,7 +14,8 @@ from torch import Tensor
 from .data import Data
 from .errors import Stopped
 from .exchange import HEADER
-from .functional import Key, Tree, to, tree_map
+from .faults import memory_said
+from .functional import Key, Tree, finite, to, tree_map
 from .networks import Network, State
 from .training import Protocol, Trainer
 from .trajectories import FORMAT, Layout
@@ -97,15 +98,16 @@ class Recorder:
                 # the operation is drawn per step (1), its parameters per sample (batch)
                 drawn = to({k: d[j : j + 1, : len(at)] for k, d in draws.items()}, self.device)
                 stacked = tree_map(lambda t: t[None], (tuple(now.state), now.slow))
-                state, slow, loss = self.trainer.step(State(*stacked[0]), stacked[1], x, y, drawn, rate)
+                with memory_said(f"expert {now.expert}, step {now.step + 1}; what was recorded before is kept"):
+                    state, slow, loss = self.trainer.step(State(*stacked[0]), stacked[1], x, y, drawn, rate)
                 state, slow = tree_map(lambda t: t[0], (tuple(state), slow))
                 after = now._replace(step=now.step + 1, state=State(*state), slow=slow, total=now.total + float(loss))
-                now = self.close(after) if j == self.each - 1 else after
-                if not math.isfinite(now.total) or not now.rows[-1][0].isfinite().all():
+                if not math.isfinite(after.total) or not finite(tuple(after.state)):
                     raise Stopped(
-                        f"expert {now.expert}, step {now.step}: its loss or weights are not finite; "
+                        f"expert {now.expert}, step {after.step}: its loss or weights are not finite; "
                         f"a lower rate than --lr {self.protocol.lr:g} usually helps"
                     )
+                now = self.close(after) if j == self.each - 1 else after
                 yield now
 
     def close(self, now: Progress) -> Progress:
@@ -114,7 +116,7 @@ class Recorder:
             rows=(*now.rows, self.rows(now.state)),
             accuracies=now.accuracies + self.look(now.state),
             losses=(*now.losses, now.total / self.each),
-            total=0.0 if math.isfinite(now.total) else now.total,
+            total=0.0,
         )
 
     def encode(self, now: Progress) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
 import os
@@ -16,10 +18,17 @@ from . import strict
 from .errors import PotstillError, Unwritable
 
 FORMAT = 1
+SEAL = "checksum"
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
     """Write a file so that at any moment, also after a crash, it holds the old content or the new one, whole.
+
+    Args:
+        path: The file.
+        content: All of it.
+        keep: Where the old file lies afterwards; it is put there when the new one is whole on disk.
 
     Raises:
         Unwritable: The disk is full or the folder cannot be written to; the old file is untouched.
@@ -32,6 +41,8 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
+        if keep is not None and path.exists():
+            _link(path, keep)
         os.replace(name, path)
     except OSError as error:
         raise Unwritable(
@@ -40,6 +51,43 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         if name and os.path.exists(name):
             os.unlink(name)
+
+
+def _link(path: Path, other: Path) -> None:
+    """Give a file another name, in place of what had it; where a system has no links, as its only name."""
+    between = other.with_name(f".{other.name}.{os.getpid()}")
+    between.unlink(missing_ok=True)  # of a killed process that had our number
+    try:
+        os.link(path, between)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        os.replace(path, other)
+        return
+    try:
+        os.replace(between, other)  # does nothing where both are one file already
+    finally:
+        between.unlink(missing_ok=True)
+
+
+def replace(path: Path, other: Path) -> None:
+    """Put a file in the place of another.
+
+    Raises:
+        Unwritable: The folder cannot be written to; both are untouched.
+    """
+    try:
+        os.replace(path, other)
+    except OSError as error:
+        raise Unwritable(
+            f"{other.name} cannot be replaced in {other.parent} ({error.strerror}); what was there is untouched"
+        ) from error
+
+
+def sweep(path: Path) -> None:
+    """Take away what a killed process left half-written of a file, where no other one writes it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        left.unlink(missing_ok=True)
 
 
 def check_free(path: Path) -> None:
@@ -91,14 +139,38 @@ def write_json(path: Path, record: Any) -> None:
     write_whole(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """A record.
+def write_sealed(path: Path, record: dict[str, Any]) -> None:
+    """A record as JSON, whole, with a checksum of its contents."""
+    plain = json.loads(json.dumps(record, allow_nan=False))  # as it will be read
+    write_json(path, {**plain, SEAL: _seal(plain)})
+
+
+def unsealed(record: Any) -> Any:
+    """A record without its checksum, if it has one.
 
     Raises:
-        PotstillError: It is not there or not JSON.
+        ValueError: Its contents are not those that the checksum was made of.
+    """
+    if not isinstance(record, dict) or SEAL not in record:
+        return record
+    plain = {k: v for k, v in record.items() if k != SEAL}
+    if record[SEAL] != _seal(plain):
+        raise ValueError("its contents do not have the checksum that it names")
+    return plain
+
+
+def _seal(record: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """A record, held against its checksum if it has one.
+
+    Raises:
+        PotstillError: It is not there, not JSON, or damaged.
     """
     try:
-        return strict.read_json(path.read_bytes())
+        return unsealed(strict.read_json(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise PotstillError(f"{path} is not a whole record ({type(error).__name__})") from error
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .compiling import EAGER_FLOPS, PRECISIONS, choose_compile, choose_precision
 from .data import Data
-from .functional import Key, to
+from .errors import Stopped
+from .functional import Key, finite, to
 from .networks import Network, State, narrow, network
 from .records import cache, digest, write_whole
 from .synthetic import Embed, pixels
@@ -186,6 +187,10 @@ class School:
             if line is not None:
                 line.close()
             state = State(*to(tuple(trained), "cpu"))
+            if not finite(tuple(state)):
+                raise Stopped(
+                    f"teacher: {net.name} ended with weights that are not finite; it labels nothing and is not kept"
+                )
             if ":" not in name:
                 file = self.file(name)
                 file.parent.mkdir(parents=True, exist_ok=True)

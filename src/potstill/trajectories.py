@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .data import Data
 from .errors import PotstillError
 from .functional import Key
 from .networks import Network, State
-from .records import digest
+from .records import digest, unsealed
 from .strict import read_json
 from .transforms import describe
 
@@ -146,8 +146,7 @@ class Trajectories:
                 raise PotstillError(f"the experts in {self.folder} have no {what} {value}; the last one is {most}")
         file, layouts = self.folder / file_of(expert), self.layouts
         params, buffers = read_rows(file, layouts, self.epochs, epoch)
-        if digest_of(params, buffers) != self.meta["experts"][expert]["rows"][epoch]:
-            raise PotstillError(f"{file} is damaged: epoch {epoch} does not have the hash that {INDEX} names")
+        _check_row(file, (params, buffers), epoch, self.meta["experts"][expert]["rows"][epoch])
         return State(layouts[0].tensors(params), layouts[1].tensors(buffers))
 
     def check(self, network: Network, data: Data) -> None:
@@ -213,6 +212,26 @@ def read_rows(file: Path, layouts: tuple[Layout, Layout], epochs: int, epoch: in
     return rows[0], rows[1]
 
 
+def _check_row(file: Path, rows: tuple[Tensor, Tensor], epoch: int, digest: str) -> None:
+    if digest_of(*rows) != digest:
+        raise PotstillError(f"{file} is damaged: epoch {epoch} does not have the hash that {INDEX} names")
+
+
+def check_expert(file: Path, layouts: tuple[Layout, Layout], digests: Sequence[str]) -> None:
+    """Read an expert's file from end to end.
+
+    Args:
+        file: The expert's.
+        layouts: Of parameters and buffers.
+        digests: Of each epoch's rows, as the index has them.
+
+    Raises:
+        PotstillError: The file is missing, damaged or another one's.
+    """
+    for epoch, wanted in enumerate(digests):
+        _check_row(file, read_rows(file, layouts, len(digests) - 1, epoch), epoch, wanted)
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """What `experts.json` holds, its parts checked.
 
@@ -223,7 +242,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise PotstillError(f"no experts in {folder}; `potstill experts DATA --out {folder}` records some")
     try:
-        meta = read_json(file.read_bytes())
+        meta = unsealed(read_json(file.read_bytes()))
         if meta["format"] != FORMAT:
             raise PotstillError(f"{file} has format version {meta['format']}; this potstill reads version {FORMAT}")
         layouts, epochs = [Layout.read(meta[k]) for k in ("params", "buffers")], int(meta["epochs"])

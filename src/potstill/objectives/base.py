@@ -182,6 +182,10 @@ class Objective(ABC):
         """Labels of S as it is judged and saved, from its inputs and labels and the batch that `needs.finish` names."""
         return y
 
+    def why(self, s: Synthetic, target: Tree, net: Net) -> str:
+        """What makes a loss that is not finite, as far as the objective knows; asked outside of compiled steps."""
+        return ""
+
     @abstractmethod
     def target(self, real: Real, net: Net, draws: Tree) -> Tree:
         """The real side; real is absent where `needs` says so."""

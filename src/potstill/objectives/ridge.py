@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import PotstillError
 from ..functional import Tree, cast
-from ..kernels import kernel, label_solve, predict
+from ..kernels import check_gram, kernel, label_solve, predict
 from ..networks import Network
 from ..synthetic import Synthetic
 from .base import Needs, Net, Objective, Real, Uniform
@@ -80,13 +80,27 @@ class KernelRidge(Objective):
         return {"rows": rows, "labels": self.task.centred(real.labels)}
 
     def loss(self, s: Synthetic, target: Tree, net: Net, draws: Tree, own: Tree) -> tuple[Float[Tensor, ""], Tree]:
+        x, y, extra = self._samples(s)
+        fitted = self.fit(x, y, target["rows"], net)
+        return 0.5 * (fitted - target["labels"].to(fitted.dtype)).square().sum(1).mean() + extra, own
+
+    def _samples(self, s: Synthetic) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs and centred labels, the mirrored ones too, and what the margin adds to the loss."""
         x, y = s.take(torch.arange(len(s), device=s.index.device))
         y = y - 1 / y.shape[1] if s.labels in ("soft", "logits") else self.task.centred(y)
         extra = _margin(y) if self.margin else torch.zeros((), dtype=y.dtype)
         if self.mirror:
             x, y = torch.cat([x, x.flip(-1)]), torch.cat([y, y])
-        fitted = self.fit(x, y, target["rows"], net)
-        return 0.5 * (fitted - target["labels"].to(fitted.dtype)).square().sum(1).mean() + extra, own
+        return x, y, extra
+
+    def why(self, s: Synthetic, target: Tree, net: Net) -> str:
+        with torch.no_grad():
+            _, own = self._grams(self._samples(s)[0], target["rows"], net)
+        try:
+            check_gram(own, self.ridge)
+        except PotstillError as error:
+            return str(error)
+        return ""
 
     def fit(self, x: Tensor, y: Tensor, rows: Tensor, net: Net) -> Float[Tensor, "n classes"]:
         """Predictions (N, C) for real rows from inputs (M, *shape) and centred labels (M, C); solved in float64.
@@ -97,14 +111,17 @@ class KernelRidge(Objective):
             rows: Real features (N, F), or real inputs (N, *shape) where the kernel is an infinitely wide network's.
             net: The network of the features.
         """
+        cross, own = self._grams(x, rows, net)
+        return predict(cross, own, y.double(), self.ridge)
+
+    def _grams(self, x: Tensor, rows: Tensor, net: Net) -> tuple[Tensor, Tensor]:
+        """Kernels of the real rows with S and of S with itself, in float64."""
         if self.kernel != FEATURES:
             x, rows = cast((x, rows), torch.float64)
             gram = kernel(self.kernel)
-            cross, own = gram(rows, x), gram(x, x)
-        else:
-            x, rows = cast((net.network.features(net.state, x, "stored"), rows), torch.float64)
-            cross, own = rows @ x.T, x @ x.T  # in float32 their rounding exceeds the ridge where S is large
-        return predict(cross, own, y.double(), self.ridge)
+            return gram(rows, x), gram(x, x)
+        x, rows = cast((net.network.features(net.state, x, "stored"), rows), torch.float64)
+        return rows @ x.T, x @ x.T  # in float32 their rounding exceeds the ridge where S is large
 
 
 def _margin(labels: Float[Tensor, "m classes"]) -> Float[Tensor, ""]:
