@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import split
 from .compiling import PRECISIONS, Graphs, compiled
 from .data import Classification, Data
 from .errors import PotstillError
@@ -57,6 +58,7 @@ class Settings:
     compile: bool
     precision: str
     threads: int
+    rows: int = 0  # samples in one pass, to save memory; 0 for any number
 
     def plain(self, data: Data) -> dict[str, Any]:
         """For a checkpoint's header."""
@@ -98,21 +100,22 @@ class Still:
             raise PotstillError(f"method '{recipe.method}' takes no steps")
         self.key = Key(settings.seed)
         self.network = network(recipe.network, data.shape, data.task.outputs).at(PRECISIONS[settings.precision])
+        self.network = self.network.by(settings.rows)
         self.task = task_of(data, recipe.labels)
         graph = Graphs(settings.compile)
-        self.objective = replace(recipe.objective, augment=recipe.augment, task=self.task, graph=graph)
+        self.objective = replace(recipe.objective, augment=recipe.augment, task=self.task, graph=graph, rows=settings.rows)
         self.source = recipe.source
         self.start = start or start_of(School(data, settings.seed, settings.device), recipe, settings.counts)
         self.members = [(data.train.groups == g).nonzero().flatten() for g in range(len(settings.counts))]
         self.memory = self._memory()
-        self.objective = self.objective.settle(self.memory, settings.compile)
+        self.objective = self.objective.settle(self.memory, settings.compile or bool(settings.rows))
         self._target = compiled(self.objective.target, settings.compile)
         self._gradient = compiled(self.gradient, settings.compile and not self.objective.in_pieces)
         self._train = compiled(self.source.train_step(self.network, recipe.augment, self.task), settings.compile)
 
     def _memory(self) -> dict[str, int]:
         """Estimated peak bytes of each way to compute a step's gradient, where there are several."""
-        if self.objective.way is None:
+        if self.objective.way is None or self.settings.rows:
             return {}
         now = self.fresh()
         _, net, real, draws = self.inputs_of(now, 0)
@@ -155,8 +158,8 @@ class Still:
         index, mask = s.index.to(self.device), s.mask.to(self.device)
         return Synthetic(learned, to(fixed, self.device), index, mask, s.labels)
 
-    def real(self, needs: ByGroup | Uniform | None, key: Key) -> Real | None:
-        """A real batch, drawn without repetition within it."""
+    def real(self, needs: ByGroup | Uniform | None, key: Key, later: bool = False) -> Real | None:
+        """A real batch, drawn without repetition within it; its inputs are read `later` where that is asked for."""
         if needs is None:
             return None
         if isinstance(needs, ByGroup):
@@ -170,8 +173,8 @@ class Still:
             index = key.permutation(len(self.data.train))[: needs.count]
             mask = torch.ones(len(index))
         train = self.data.train
-        inputs = self.data.prepare(train.inputs[index.flatten()].to(self.device)).unflatten(0, index.shape)
-        return Real(inputs, train.labels[index].to(self.device), mask.to(self.device))
+        drawn: Any = split.Drawn(self.data, index, self.device)
+        return Real(drawn if later else drawn.read(), train.labels[index].to(self.device), mask.to(self.device))
 
     def inputs_of(self, now: Now, step: int) -> tuple[int, Net, Real | None, Tree]:
         """Everything that a step needs beside the state, made eagerly: a network, a real batch, draws."""
@@ -183,7 +186,7 @@ class Still:
         if needs.calibrate and net.network.mixes_samples:
             batch = self.real(ByGroup(needs.calibrate), self.key.fold("calibrate", step))
             net = self.source.calibrate(net, batch.inputs.flatten(0, 1)) if batch else net
-        real = self.real(needs.real, self.key.fold("real", step))
+        real = self.real(needs.real, self.key.fold("real", step), bool(self.settings.rows))
         sizes = Sizes(len(self.members), len(self.start), 0 if real is None else real.mask.numel())
         return slot, net, real, to(self.objective.draws(self.key.fold("draws", step), sizes), self.device)
 
@@ -221,7 +224,10 @@ class Still:
     def step(self, now: Now, step: int) -> tuple[Now, float]:
         """One step of the loop: the next state and the loss. Nothing is changed in place."""
         slot, net, real, draws = self.inputs_of(now, step)
-        loss, grads, own = self.value_and_grad(now, self.target(net, real, draws), net, draws)
+        if self.settings.rows:
+            loss, grads, own = split.value_and_grad(self, now, net, real, draws)
+        else:
+            loss, grads, own = self.value_and_grad(now, self.target(net, real, draws), net, draws)
         return self.update(now, step, slot, net, grads, own), float(loss)
 
     def update(self, now: Now, step: int, slot: int, net: Net, grads: dict[str, Tensor], own: Tree) -> Now:
@@ -278,10 +284,10 @@ class Still:
         if is_kernel(name):
             usual, ridge = own_kernel(set_)
             return Ridge(usual if name == KERNEL else name, ridge, self.task)
-        net = network(name, self.data.shape, self.data.task.outputs)
+        net = network(name, self.data.shape, self.data.task.outputs).by(self.settings.rows)
         if self.settings.recipe.protocol == "unrolled":
             return Walker(net, self.task, set_, set_.meta.labels, False, "cpu")
-        return Trainer(net, replace(LOOK, fit=self.task.fit), self.task, False, "cpu")
+        return Trainer(net, replace(LOOK, fit=self.task.fit), self.task, False, "cpu", 1 if self.settings.rows else None)
 
 
 def task_of(data: Data, labels: str) -> Classification:

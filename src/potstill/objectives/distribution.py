@@ -45,6 +45,14 @@ class DistributionMatching(Objective):
     def separable(self, network: Network) -> bool:
         return not network.mixes_samples
 
+    @property
+    def adds(self) -> bool:
+        return True
+
+    @property
+    def target_parts(self) -> str | None:
+        return "mean"
+
     def _means(
         self, x: Float[Tensor, "g n *shape"], mask: Float[Tensor, "g n"], net: Net, draws: Tree
     ) -> Float[Tensor, "g features"]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import PotstillError
 from ..functional import Tree, cast
 from ..kernels import kernel, label_solve, predict
+from ..recompute import in_rows
 from ..synthetic import Synthetic
 from .base import Needs, Net, Objective, Real, Uniform
 
@@ -61,6 +62,10 @@ class KernelRidge(Objective):
         finish = Uniform(self.solve) if self.solve else None
         return Needs(real=Uniform(self.real), network=self.kernel == FEATURES, finish=finish)
 
+    @property
+    def target_parts(self) -> str | None:
+        return "rows"
+
     def finish(self, x: Tensor, y: Tensor, real: Real) -> Tensor:
         gram = kernel(self.kernel)
         rows, x = real.inputs.double(), x.double()
@@ -94,9 +99,9 @@ class KernelRidge(Objective):
             net: The network of the features.
         """
         if self.kernel != FEATURES:
-            x, rows = cast((x, rows), torch.float64)
-            gram = kernel(self.kernel)
-            cross, own = gram(rows, x), gram(x, x)
+            x, gram = x.double(), kernel(self.kernel)
+            cross = in_rows(lambda rows, x: gram(rows.double(), x), rows, self.rows, x)
+            own = gram(x, x)
         else:
             x, rows = cast((net.network.features(net.state, x, "stored"), rows), torch.float64)
             cross, own = rows @ x.T, x @ x.T  # in float32 their rounding exceeds the ridge where S is large

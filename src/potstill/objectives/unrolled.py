@@ -253,6 +253,10 @@ class Unrolled(Unroll):
     def needs(self) -> Needs:
         return Needs(real=Uniform(self.real))
 
+    @property
+    def target_parts(self) -> str | None:
+        return "rows"
+
     def target(self, real: Real, net: Net, draws: Tree) -> Tree:
         return {"inputs": real.inputs, "labels": real.labels}
 
