@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from .errors import PotstillError, unknown
+from .recompute import recomputed
 
 KINDS = ("ntk", "nngp")
 BODIES = ("dense", "conv", "conv-pool", "conv-gap")
@@ -131,7 +131,7 @@ class Kernel:
         else:
             rows = [
                 [
-                    _recomputed(
+                    recomputed(
                         self._pairs,
                         _samples(a, i, high, -2),
                         _samples(b, j, wide, -2),
@@ -302,40 +302,6 @@ def _three(k: Tensor, axes: tuple[int, ...]) -> Tensor:
 def _samples(x: Tensor, start: int, count: int, axis: int = -1) -> Tensor:
     """Up to `count` entries of an axis."""
     return x.narrow(axis, start, min(count, x.shape[axis] - start))
-
-
-class _Recomputed(torch.autograd.Function):
-    """A function of tensors that keeps its arguments only, and is computed once more for its gradient."""
-
-    @staticmethod
-    def forward(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        return function(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.function = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        args, asked = list(ctx.saved_tensors), [i for i, need in enumerate(ctx.needs_input_grad[1:]) if need]
-
-        def of_asked(*some: Tensor) -> Tensor:
-            full = list(args)
-            for i, value in zip(asked, some, strict=True):
-                full[i] = value
-            return ctx.function(*full)
-
-        pulled = torch.func.vjp(of_asked, *(args[i] for i in asked))[1](grads[0])
-        found = dict(zip(asked, pulled, strict=True))
-        return None, *(found.get(i) for i in range(len(args)))
-
-
-def _recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """`function(*args)` at the memory of its arguments; as it stands inside `torch.compile`, which does not take it."""
-    if torch.compiler.is_compiling():
-        return function(*args)
-    return _Recomputed.apply(function, *args)
 
 
 _NAME = re.compile(r"(?P<kind>[a-z]+)-(?P<body>[a-z-]*[a-z])(-d(?P<depth>\d{1,3}))?")

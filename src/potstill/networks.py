@@ -22,7 +22,8 @@ from .architectures import NETWORKS, WIDTHS
 from .errors import PotstillError, unknown
 from .functional import Key, leaves
 from .layers import NORMS, Apply, Chain, Conv, Layer, Linear, Norm, State, Stats
-from .modules import seeded, split
+from .modules import Wrapped, seeded, split
+from .recompute import in_rows
 
 __all__ = [
     "NETWORKS", "NORMS", "Apply", "Conv", "Layer", "Linear", "Network", "Norm", "State", "Stats", "blend", "narrow", "network", "wrap",
@@ -40,6 +41,8 @@ class Network:
         outputs: Number of logits.
         precision: Precision of the arithmetic; weights, statistics and outputs stay as they are given.
         notes: What had to be changed to fit the input, for the user to read.
+        rows: Samples in one pass where a batch has more and its samples do not mix, to save memory: the same numbers, each
+            pass computed once more for its gradient. 0 for all at once.
 
     Example:
         >>> net = network("convnet-w16", (1, 28, 28), 10)
@@ -54,6 +57,7 @@ class Network:
     outputs: int
     precision: torch.dtype | None = None
     notes: tuple[str, ...] = ()
+    rows: int = 0
 
     @property
     def mixes_samples(self) -> bool:
@@ -68,12 +72,23 @@ class Network:
         """The same network computing in another precision (`torch.bfloat16`, or `None` for that of its input)."""
         return replace(self, precision=precision)
 
+    def by(self, rows: int) -> Network:
+        """The same network with at most so many samples in one pass; 0 for any number."""
+        return replace(self, rows=rows)
+
+    def splits(self, stats: Stats) -> bool:
+        """Whether the samples of a batch do not mix. Stored statistics keep them apart; not in modules from outside."""
+        return not self.mixes_samples or (stats == "stored" and not isinstance(self.layers[0][1], Wrapped))
+
     def _run(
         self, layers: tuple[tuple[str, Layer], ...], state: State, x: Tensor, stats: Stats
     ) -> tuple[Tensor, dict[str, Tensor]]:
         seen: dict[str, Tensor] = {}
-        out = Chain(layers)(state, x.to(self.precision) if self.precision else x, stats, seen)
-        return out.to(x.dtype), seen
+
+        def run(x: Tensor, state: State) -> Tensor:
+            return Chain(layers)(state, x.to(self.precision) if self.precision else x, stats, seen).to(x.dtype)
+
+        return in_rows(run, x, self.rows if self.splits(stats) else 0, state), seen
 
     def forward(
         self, state: State, x: Float[Tensor, n * shape], stats: Stats = "batch"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import split
 from .compiling import PRECISIONS, Graphs, compiled
 from .data import Classification, Data
 from .errors import PotstillError
@@ -58,6 +59,7 @@ class Settings:
     compile: bool
     precision: str
     threads: int
+    rows: int = 0  # samples in one pass, to save memory; 0 for any number
 
     parallel: str = "alone"
     ranks: int = 1
@@ -103,22 +105,25 @@ class Still:
             raise PotstillError(f"method '{recipe.method}' takes no steps")
         self.key = Key(settings.seed)
         self.network = network(recipe.network, data.shape, data.task.outputs).at(PRECISIONS[settings.precision])
+        self.network = self.network.by(settings.rows)
         self.task = task_of(data, recipe.labels)
         graph = Graphs(settings.compile)
-        self.objective = replace(recipe.objective, augment=recipe.augment, task=self.task, graph=graph)
+        self.objective = replace(
+            recipe.objective, augment=recipe.augment, task=self.task, graph=graph, rows=settings.rows
+        )
         self.source = recipe.source
         self.start = start or start_of(School(data, settings.seed, settings.device), recipe, settings.counts)
         self.sharing = Sharing(group, settings.parallel, self.objective.averaged(self.network))
         self.members = [(data.train.groups == g).nonzero().flatten() for g in range(len(settings.counts))]
         self.memory = self._memory()
-        self.objective = self.objective.settle(self.memory, settings.compile)
+        self.objective = self.objective.settle(self.memory, settings.compile or bool(settings.rows))
         self._target = compiled(self.objective.target, settings.compile)
         self._gradient = compiled(self.gradient, settings.compile and not self.objective.in_pieces)
         self._train = compiled(self.source.train_step(self.network, recipe.augment, self.task), settings.compile)
 
     def _memory(self) -> dict[str, int]:
         """Estimated peak bytes of each way to compute a step's gradient, where there are several."""
-        if self.objective.way is None:
+        if self.objective.way is None or self.settings.rows:
             return {}
         now = self.fresh()
         _, net, real, draws = self.inputs_of(now, 0)
@@ -179,11 +184,11 @@ class Still:
         """A real batch."""
         return None if needs is None else self.batch(*self.drawn(needs, key))
 
-    def batch(self, index: Tensor, mask: Tensor) -> Real:
-        """The training samples with the given numbers, as networks see them."""
+    def batch(self, index: Tensor, mask: Tensor, later: bool = False) -> Real:
+        """The training samples with the given numbers, as networks see them; read `later` where that is asked for."""
         train = self.data.train
-        inputs = self.data.prepare(train.inputs[index.flatten()].to(self.device)).unflatten(0, index.shape)
-        return Real(inputs, train.labels[index].to(self.device), mask.to(self.device))
+        drawn: Any = split.Drawn(self.data, index, self.device)
+        return Real(drawn if later else drawn.read(), train.labels[index].to(self.device), mask.to(self.device))
 
     def inputs_of(self, now: Now, step: int) -> tuple[int, Net, Real | None, Tree]:
         """Everything that a step needs beside the state, made eagerly: a network, a real batch, draws."""
@@ -201,7 +206,7 @@ class Still:
         draws = self.objective.draws(key.fold("draws", step), sizes)
         if drawn is None:
             return slot, net, None, to(draws, self.device)
-        real = self.batch(*self.sharing.rows(*drawn))
+        real = self.batch(*self.sharing.rows(*drawn), later=bool(self.settings.rows))
         return slot, net, real, to(self.sharing.draws(draws, drawn[1].shape), self.device)
 
     def target(self, net: Net, real: Real | None, draws: Tree) -> Tree:
@@ -238,8 +243,11 @@ class Still:
     def step(self, now: Now, step: int) -> tuple[Now, float]:
         """One step of the loop: the next state and the loss. Nothing is changed in place."""
         slot, net, real, draws = self.inputs_of(now, step)
-        target = self.sharing.target(self.target(net, real, draws), real)
-        loss, grads, own = self.value_and_grad(now, target, net, draws)
+        if self.settings.rows:
+            loss, grads, own = split.value_and_grad(self, now, net, real, draws)
+        else:
+            target = self.sharing.target(self.target(net, real, draws), real)
+            loss, grads, own = self.value_and_grad(now, target, net, draws)
         loss, grads = self.sharing.gradient(loss, grads, real)
         return self.update(now, step, slot, net, grads, own), float(loss)
 
@@ -297,10 +305,12 @@ class Still:
         if is_kernel(name):
             usual, ridge = own_kernel(set_)
             return Ridge(usual if name == KERNEL else name, ridge, self.task)
-        net = network(name, self.data.shape, self.data.task.outputs)
+        net = network(name, self.data.shape, self.data.task.outputs).by(self.settings.rows)
         if self.settings.recipe.protocol == "unrolled":
             return Walker(net, self.task, set_, set_.meta.labels, False, "cpu")
-        return Trainer(net, replace(LOOK, fit=self.task.fit), self.task, False, "cpu")
+        return Trainer(
+            net, replace(LOOK, fit=self.task.fit), self.task, False, "cpu", 1 if self.settings.rows else None
+        )
 
 
 def task_of(data: Data, labels: str) -> Classification:

@@ -111,11 +111,13 @@ class Objective(ABC):
         augment: The recipe's augmentation; the loop puts it here.
         task: Loss of a network; the loop puts it here.
         graph: Compiles a function under a name, where the run compiles; the loop puts it here.
+        rows: Samples at a time in what it computes for each alone, to save memory, 0 for all; the loop puts it here.
     """
 
     augment: Augment = field(default=Augment(), kw_only=True, metadata={"recipe": False})
     task: Classification = field(default=Classification(1), kw_only=True, metadata={"recipe": False})
     graph: Graph = field(default=as_it_is, kw_only=True, metadata={"recipe": False}, compare=False)
+    rows: int = field(default=0, kw_only=True, metadata={"recipe": False})
 
     @property
     @abstractmethod
@@ -151,6 +153,17 @@ class Objective(ABC):
     def in_parts(self) -> bool:
         """Whether the loss, too, is better taken group by group: where it is separable and costly. Its parts are added."""
         return False
+
+    @property
+    def adds(self) -> bool:
+        """Whether, where it is separable, the loss of some groups is the sum of their losses."""
+        return self.in_parts
+
+    @property
+    def target_parts(self) -> str | None:
+        """How the target follows from those of some real samples each: it is their `mean`, weighted by the number of
+        samples (of each group, by their masks), or has a row for each (`rows`); or not at all."""
+        return None
 
     @property
     def in_pieces(self) -> bool:

@@ -48,6 +48,14 @@ class DistributionMatching(Objective):
     def averaged(self, network: Network) -> str | None:
         return None if network.mixes_samples else "target"
 
+    @property
+    def adds(self) -> bool:
+        return True
+
+    @property
+    def target_parts(self) -> str | None:
+        return "mean"
+
     def _means(
         self, x: Float[Tensor, "g n *shape"], mask: Float[Tensor, "g n"], net: Net, draws: Tree
     ) -> Float[Tensor, "g features"]:

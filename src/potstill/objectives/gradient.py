@@ -57,6 +57,10 @@ class GradientMatching(Objective):
     def in_parts(self) -> bool:
         return True
 
+    @property
+    def target_parts(self) -> str | None:
+        return "mean"
+
     def _gradients(
         self,
         x: Float[Tensor, "g n *shape"],

@@ -13,6 +13,7 @@ from ..errors import PotstillError
 from ..functional import Tree, cast
 from ..kernels import check_gram, kernel, label_solve, predict
 from ..networks import Network
+from ..recompute import in_rows
 from ..synthetic import Synthetic
 from .base import Needs, Net, Objective, Real, Uniform
 
@@ -64,6 +65,10 @@ class KernelRidge(Objective):
 
     def averaged(self, network: Network) -> str:
         return "loss"
+
+    @property
+    def target_parts(self) -> str | None:
+        return "rows"
 
     def finish(self, x: Tensor, y: Tensor, real: Real) -> Tensor:
         gram = kernel(self.kernel)
@@ -117,9 +122,8 @@ class KernelRidge(Objective):
     def _grams(self, x: Tensor, rows: Tensor, net: Net) -> tuple[Tensor, Tensor]:
         """Kernels of the real rows with S and of S with itself, in float64."""
         if self.kernel != FEATURES:
-            x, rows = cast((x, rows), torch.float64)
-            gram = kernel(self.kernel)
-            return gram(rows, x), gram(x, x)
+            x, gram = x.double(), kernel(self.kernel)
+            return in_rows(lambda rows, x: gram(rows.double(), x), rows, self.rows, x), gram(x, x)
         x, rows = cast((net.network.features(net.state, x, "stored"), rows), torch.float64)
         return rows @ x.T, x @ x.T  # in float32 their rounding exceeds the ridge where S is large
 

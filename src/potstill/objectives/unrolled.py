@@ -256,6 +256,10 @@ class Unrolled(Unroll):
     def averaged(self, network: Network) -> str:
         return "loss"
 
+    @property
+    def target_parts(self) -> str | None:
+        return "rows"
+
     def target(self, real: Real, net: Net, draws: Tree) -> Tree:
         return {"inputs": real.inputs, "labels": real.labels}
 
