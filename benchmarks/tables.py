@@ -1,0 +1,225 @@
+"""Writes the tables of docs/performance.md from the records in benchmarks/results: no number there is typed by hand.
+
+python benchmarks/tables.py [--page docs/performance.md] [--results benchmarks/results] [--check]
+
+A block begins with `<!-- table: NAME -->` and ends with `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from potstill.errors import PotstillError
+from potstill.records import read_json, write_whole
+
+HERE = Path(__file__).parent
+MIB = 2**20
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+WORDS = {"step": "", "training": ": one pass of the network over S", "epoch": ": an epoch", "test": ": the test pass", "memory": ": memory"}  # fmt: skip
+
+
+def rows_of(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body]]
+
+
+def time_of(seconds: float) -> str:
+    """For people: three figures."""
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
+
+
+def beside_table(record: Mapping[str, Any]) -> list[str]:
+    """Ours against the other side: medians, their ratio, and the least and largest ratio of two neighbouring rounds."""
+    body = []
+    for row in record["rows"].values():
+        if not row["other"]:
+            continue
+        ours, other = row["sides"]["ours"], row["sides"][row["other"]]
+        for what in ours["median"]:
+            pairs = [b / a for a, b in zip(ours["seconds"][what], other["seconds"][what], strict=True)]
+            ratio = other["median"][what] / ours["median"][what]
+            spread = f"{ratio:.2f}× ({min(pairs):.2f}-{max(pairs):.2f})"
+            times = [time_of(side["median"][what]) for side in (other, ours)]
+            body.append([row["title"] + WORDS.get(what, f": {what}"), row["other"], *times, spread, *_bars(row, what, "×")])  # fmt: skip
+        if "memory" in row["bars"]:
+            grown = [side["peak_bytes"] - side["baseline_bytes"] for side in (other, ours)]
+            sizes = [f"{g / MIB:,.0f} MiB" for g in grown]
+            body.append([row["title"] + ": memory", row["other"], *sizes, f"{grown[0] / max(grown[1], 1):.2f}×", *_bars(row, "memory", "×")])  # fmt: skip
+    return rows_of(("work", "against", "theirs", "ours", "ratio (of neighbouring rounds)", "bar", "aim"), body)
+
+
+def _bars(row: Mapping[str, Any], what: str, unit: str) -> list[str]:
+    return [f"{bar:g}{unit}" for bar in row["bars"].get(what, ())] or ["–", "–"]
+
+
+def beside_machine(record: Mapping[str, Any]) -> list[str]:
+    """What was measured on what, a line for each machine and version."""
+    lines: dict[str, list[str]] = {}
+    for name, row in record["rows"].items():
+        at, load = row["machine"], row["load"]
+        where = f"{at['machine']['processor']}, {at['machine']['threads']} threads, PyTorch {at['torch']}, Potstill {at['potstill']}"  # fmt: skip
+        lines.setdefault(where, []).append(f"{name} (load {load[0]:g} to {load[1]:g})")
+    used = sorted({row["official"] for row in record["rows"].values() if row.get("official")})
+    return [f"- {where}: {', '.join(names)}." for where, names in lines.items()] + [f"- Official code: {u}." for u in used]  # fmt: skip
+
+
+def beside_how(record: Mapping[str, Any]) -> list[str]:
+    """Network, precision and memory of each side of each row."""
+    body = []
+    for name, row in record["rows"].items():
+        for side, at in row.get("sides", {}).items():
+            form = ("compiled" if at.get("compile") else "eager") + (f", {at['unroll']}" if at.get("unroll") else "")
+            together = f", {at['together']} together" if at.get("together") else ""
+            grown = (at["peak_bytes"] - at["baseline_bytes"]) / MIB
+            counts = len(next(iter(at["seconds"].values())))
+            body.append([name, side, at["network"], at.get("precision", "as named"), form + together, f"{grown:,.0f}", str(counts), f"{at['warm_seconds']:.0f}"])  # fmt: skip
+    return rows_of(("row", "side", "network", "precision", "form", "MiB grown", "rounds", "seconds to warm up"), body)
+
+
+def features_table(record: Mapping[str, Any]) -> list[str]:
+    """Operations per second of a pass, and their share of the machine's matrix product at that precision."""
+    row = record["rows"]["feature-pass"]
+    at = row["sides"]["ours"]
+    body = []
+    for precision in ("fp32", "bf16"):
+        product = at["product_flops"] / at["median"][f"{precision} product"]
+        body.append([f"matrix product, {precision}", f"{product / 1e9:.0f}", "1", "–", "–"])
+        for form in ("eager", "compiled"):
+            what = f"{precision} {form}"
+            rate = at["flops"] / at["median"][what]
+            pairs = [at["flops"] / a / (at["product_flops"] / b) for a, b in zip(at["seconds"][what], at["seconds"][f"{precision} product"], strict=True)]  # fmt: skip
+            share = f"{rate / product:.2f} ({min(pairs):.2f}-{max(pairs):.2f})"
+            bars = [f"{b:g}" for b in row["bars"]["share"]] if what == "bf16 compiled" else ["–", "–"]
+            body.append([f"{at['images']} images, {form}, {precision}", f"{rate / 1e9:.0f}", share, *bars])
+    return rows_of(("work", "GFLOP/s", "share of the product (of neighbouring rounds)", "bar", "aim"), body)
+
+
+def once_table(record: Mapping[str, Any]) -> list[str]:
+    """Runs that were made once."""
+    body = []
+    if row := record["rows"].get("to-0.70"):
+        reached, (bar, aim) = row["run"]["reached"], row["bars"]["seconds"]
+        took = f"{reached['seconds']:g} s, {reached['steps']} steps" if reached else "not reached"
+        test = f"{100 * sum(reached['test']) / len(reached['test']):.1f} % of the test data ({len(reached['test'])} networks)" if reached else "–"  # fmt: skip
+        body.append([row["title"], f"{took}; compiling and first steps {row['run']['warm_seconds']:.0f} s before", test, f"{bar:g} s", f"{aim:g} s"])  # fmt: skip
+    if row := record["rows"].get("whole-run"):
+        at = row["sides"]["ours"]
+        bar = row["bars"]["accuracy"][0]
+        body.append([row["title"], time_of(at["median"]["run"]), f"{100 * at['accuracy']:.1f} %", f"{100 * bar:.0f} %", "–"])  # fmt: skip
+    if not body:
+        raise KeyError("to-0.70")
+    return rows_of(("run", "time", "accuracy", "bar", "aim"), body)
+
+
+def growth_table(record: Mapping[str, Any]) -> list[str]:
+    """Seconds and memory along each axis, and the exponent between its ends."""
+    body = []
+    for method, axis in dict.fromkeys((c["method"], c["axis"]) for c in record["cells"].values()):
+        cells = sorted((c for c in record["cells"].values() if (c["method"], c["axis"]) == (method, axis)), key=lambda c: c["at"])  # fmt: skip
+        done = [c for c in cells if c["status"] == "done"]
+        late = [f"{c['at']:,}: {c['status']}" for c in cells if c["status"] != "done"]
+        shown = [f"{c['at']:,}: {time_of(c['step_seconds'])}, {grown(c) / MIB:,.0f} MiB" for c in done] + late
+        body.append([method, AXES[axis], "; ".join(shown), *(f"{e:.2f}" if e is not None else "–" for e in exponents(done, axis))])  # fmt: skip
+    return rows_of(("method", "grows", "a step: seconds, memory", "exponent of seconds", "of memory"), body)
+
+
+AXES = {"ipc": "images per class", "classes": "classes", "side": "side in pixels", "samples": "training samples"}
+
+
+def grown(cell: Mapping[str, Any]) -> int:
+    """Peak above what was there before the first step, in bytes."""
+    return int(cell["peak_bytes"] - cell["baseline_bytes"])
+
+
+def exponents(cells: Sequence[Mapping[str, Any]], axis: str) -> tuple[float | None, float | None]:
+    """Of seconds and memory between the last two cells of an axis, where growth is steepest: 1 is linear (for the side, in
+    pixels, which are its square)."""
+    if len(cells) < 2:
+        return None, None
+    a, b = cells[-2:]
+    x = math.log(b["at"] / a["at"]) * (2 if axis == "side" else 1)
+    return math.log(b["step_seconds"] / a["step_seconds"]) / x, math.log(max(grown(b), 1) / max(grown(a), 1)) / x
+
+
+def growth_machine(record: Mapping[str, Any]) -> list[str]:
+    """What the cells have in common."""
+    at, base = record["machine"], record["base"]
+    where = f"{at['machine']['processor']}, {at['machine']['threads']} threads, PyTorch {at['torch']}"
+    form = "compiled" if record["compile"] else "eager"
+    return [
+        f"{where}; `{base['network']}`, {form}, float32. Where another axis grows: {base['ipc']} image per class, "
+        f"{base['classes']} classes, {base['side']} × {base['side']} pixels in three channels, {base['samples']:,} training samples, "
+        f"{base['real']} real samples a class and step (FRePo: {base['uniform']} in all)."
+    ]
+
+
+def precision_table(record: Mapping[str, Any]) -> list[str]:
+    """Cosines of gradients in bfloat16 to those in float32, and of those of neighbouring draws."""
+    body = []
+    for cell in record["cells"].values():
+        for part, found in cell["parts"].items():
+            cosines, norms = found["cosine"], found["norm_ratio"]
+            body.append([cell["method"], cell["data"], str(cell["ipc"]), cell["network"], part, f"{median(cosines):.5f}", f"{min(cosines):.5f}", f"{median(norms):.3f}", f"{median(found['between_draws']):.3f}"])  # fmt: skip
+    head = ("method", "data", "ipc", "network", "gradient of", "cosine, median", "least", "ratio of norms", "cosine between draws, fp32")  # fmt: skip
+    return rows_of(head, body)
+
+
+TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
+    "beside": ("beside.json", beside_table),
+    "beside-machine": ("beside.json", beside_machine),
+    "beside-how": ("beside.json", beside_how),
+    "features": ("beside.json", features_table),
+    "once": ("beside.json", once_table),
+    "growth": ("growth.json", growth_table),
+    "growth-machine": ("growth.json", growth_machine),
+    "precision": ("precision.json", precision_table),
+}
+
+
+def fill(text: str, results: Path) -> str:
+    """The page with every block written anew.
+
+    Raises:
+        SystemExit: A block of a name that is not known, or a record of toys.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        name = found[2]
+        if name not in TABLES:
+            raise SystemExit(f"no table '{name}'; there are: {', '.join(TABLES)}")
+        file, table = TABLES[name]
+        try:
+            record = read_json(results / file)
+            lines = table(record)
+        except (PotstillError, KeyError):
+            return f"{found[1]}*Not measured yet.*\n{found[3]}"
+        if record["scale"] != "full":
+            raise SystemExit(f"{file} has toys")
+        return found[1] + "\n".join(lines) + "\n" + found[3]
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> None:
+    """Write or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "performance.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page is not what the records say")  # fmt: skip
+    args = parser.parse_args()
+    old = args.page.read_text()
+    new = fill(old, args.results)
+    if args.check:
+        sys.exit(int(old != new))
+    write_whole(args.page, new.encode())
+
+
+if __name__ == "__main__":
+    main()
