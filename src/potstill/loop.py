@@ -194,8 +194,8 @@ def prepare(
             on,
             precision,
             pinned["threads"],
-            ask.parallel,
-            ask.ranks,
+            parallel=ask.parallel,
+            ranks=ask.ranks,
         )
         still = Still(data, settings, start, group)
         check_fits(progress, still, out)
@@ -206,7 +206,7 @@ def prepare(
         return still, progress
     settings = Settings(
         recipe, counts, ask.seed, ask.holdout, recipe.steps, ask.device, False, precision, torch.get_num_threads(),
-        ask.parallel, ask.ranks,
+        parallel=ask.parallel, ranks=ask.ranks,
     )  # fmt: skip
     still = Still(data, settings, start, group)
     seconds = 60 * (ask.minutes or 0)
