@@ -18,6 +18,7 @@ import potstill
 from potstill import cli, experts, loop, still, training
 from potstill.errors import Stopped
 from potstill.functional import leaves, tree_map
+from potstill.launch import restarts
 from potstill.methods import METHODS
 from potstill.objectives import DistributionMatching, Net
 from potstill.parallel import Group, Sharing, joined
@@ -238,44 +239,54 @@ def evaluations(group, whole, found):
         found["methods"] = [r.method for r in shared]
 
 
-def killed(out):
+def compare(group, out):
+    """Everything that is held beside what one process makes."""
+    found = {name: {} for name in ("batch", "networks", "runs", "evaluations")}
+    batch(group, found["batch"])
+    networks(group, found["networks"])
+    recordings(group, out)
+    whole = runs(group, out, found["runs"])
+    evaluations(group, whole, found["evaluations"])
+    found["threads"] = torch.get_num_threads()
+    (out / f"rank{group.rank}.json").write_text(json.dumps(found))
+    group.share(None)
+    plain = ["--network", "convnet-w8", "--set", "looks=0", "--set", "objective.real=4", "--no-evaluate"]
+    assert (
+        cli.main(["distill", "digits", "--steps", "2", *plain, "--parallel", "batch", "--out", str(out / "cli")]) == 0
+    )
+
+
+def killed(group, out):
     """The run `whole` once more; rank 1 kills itself without warning in mid-run, and torchrun starts both again."""
     good = Still.step
 
     def dies(self, now, step):
-        if step == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if step == 5 and group.rank == 1 and restarts() == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return good(self, now, step)
 
     Still.step = dies
-    with joined() as group:
-        distilled(group, out, "killed", say=lambda line: print(line, flush=True))
+    distilled(group, out, "killed", say=lambda line: print(line, flush=True))
+
+
+def mistaken(group, out):
+    """A mistake on one rank while the other is in the middle of a step."""
+
+    def broken(self, now, step):
+        raise potstill.PotstillError(f"a planted mistake on rank {group.rank}")
+
+    if group.rank == 1:
+        Still.step = broken
+    return cli.main(["distill", "digits", "--steps", "3", "--network", "convnet-w8", "--out", str(out / "error")])
 
 
 def main(out):
-    found = {name: {} for name in ("batch", "networks", "runs", "evaluations")}
+    """All of it in one start and one restart."""
     with joined() as group:
-        batch(group, found["batch"])
-        networks(group, found["networks"])
-        recordings(group, out)
-        whole = runs(group, out, found["runs"])
-        evaluations(group, whole, found["evaluations"])
-        found["threads"] = torch.get_num_threads()
-        (out / f"rank{group.rank}.json").write_text(json.dumps(found))
-        group.share(None)
-        code = cli.main(["distill", "digits", "--method", "dm", "--steps", "2", "--network", "convnet-w8", "--set",
-                         "looks=0", "--set", "objective.real=4", "--no-evaluate", "--out", str(out / "cli"), "--parallel",
-                         "batch"])  # fmt: skip
-        assert code == 0
-
-        def broken(self, now, step):
-            raise potstill.PotstillError(f"a planted mistake on rank {group.rank}")
-
-        if group.rank == 1:  # the other one is in the middle of a step
-            Still.step = broken
-        sys.exit(
-            cli.main(["distill", "digits", "--steps", "3", "--network", "convnet-w8", "--out", str(out / "error")])
-        )
+        if not restarts():
+            compare(group, out)
+        killed(group, out)
+        sys.exit(mistaken(group, out))
 
 
 if __name__ == "__main__":
@@ -283,6 +294,5 @@ if __name__ == "__main__":
     still.LOOK = replace(still.LOOK, epochs=5)
     for name in ("dc", "whole"):
         training.PROTOCOLS[name] = replace(training.PROTOCOLS[name], epochs=5, steps=0)
-    what, folder = sys.argv[1:]
-    os.environ["POTSTILL_CACHE"] = str(Path(folder) / f"cache{os.environ['RANK']}")
-    {"main": main, "killed": killed}[what](Path(folder))
+    os.environ["POTSTILL_CACHE"] = str(Path(sys.argv[1]) / f"cache{os.environ['RANK']}")
+    main(Path(sys.argv[1]))
