@@ -214,12 +214,13 @@ def joined(device: str = "cpu") -> Iterator[Group]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     began = group.size > 1 and not dist.is_initialized()
     if began:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+        backend, store = "cpu:gloo,cuda:nccl" if gpus else "gloo", _store(timedelta(minutes=30))
+        dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.size, timeout=PATIENCE)
     try:
         yield group
     except BaseException as error:
         ours = isinstance(error, PotstillError | Stopped | KeyboardInterrupt)
-        if not _first_to_fail() and ours:
+        if group.size > 1 and not _first_to_fail() and ours:
             raise SystemExit(2 if isinstance(error, PotstillError) else 1) from error
         raise
     finally:
@@ -227,13 +228,16 @@ def joined(device: str = "cpu") -> Iterator[Group]:
             dist.destroy_process_group()
 
 
+def _store(patience: timedelta) -> dist.Store:
+    """What the processes know of each other. torchrun's store outlives a restart, with addresses of processes that are gone."""
+    found, _, _ = next(dist.rendezvous("env://", timeout=patience))
+    return dist.PrefixStore(f"potstill/{restarts()}", found)
+
+
 def _first_to_fail() -> bool:
-    """Whether no other process of this run has met an error before: torchrun's store counts them."""
-    name = f"potstill/failed/{restarts()}"
-    with suppress(RuntimeError, ValueError):
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
-        return int(store.add(name, 1)) == 1
+    """Whether no other process of this run has met an error before."""
+    with suppress(RuntimeError):
+        return int(_store(timedelta(seconds=10)).add("failed", 1)) == 1
     return speaks()
 
 
