@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process with threads cannot be forked
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a process with threads cannot be forked
 
 import argparse
 import io
@@ -26,12 +26,16 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import sklearn.datasets
+import sklearn.utils.validation
 import torch
+import torch._dynamo
+import torch.utils.flop_counter
 from PIL import Image
 from safetensors.torch import load_file
 
 import potstill
-from potstill import cli, experts, loop, report, still
+from potstill import benchmark, cli, experts, loop, outcome, report, still
 from potstill.records import read_json
 from potstill.sealed import read_sealed
 from potstill.training import PROTOCOLS
@@ -188,12 +192,22 @@ def main() -> int:
     ask.add_argument("--count", type=int, default=50)
     ask.add_argument("--seed", type=int, default=0)
     args = ask.parse_args()
-    assert report  # imported here, so that no child need import it
+    for module in (
+        benchmark,
+        outcome,
+        report,
+        sklearn.datasets,
+        sklearn.utils.validation,
+        torch._dynamo,
+        torch.utils.flop_counter,
+    ):
+        assert module  # imported here, so that no child need import it
     draw, begin = random.Random(args.seed), time.monotonic()
     room = Path(tempfile.mkdtemp(prefix="potstill-kill-"))
     os.environ["POTSTILL_CACHE"] = str(room / "cache")
-    if len(os.listdir("/proc/self/task")) > 1:
-        raise SystemExit("this process has threads already, and cannot be forked")
+    threads = [Path(f"/proc/self/task/{t}/comm").read_text().strip() for t in os.listdir("/proc/self/task")]
+    if len([t for t in threads if t != "jemalloc_bg_thd"]) > 1:  # that one, of pyarrow's, knows how to be forked
+        raise SystemExit(f"this process has threads already, and cannot be forked: {', '.join(threads)}")
     log, told = room / "log", {"kills": 0, "runs": 0, "files_read": 0, "half_written_left": 0}
     try:
         finish(command(args.what, room, "warm"), log)
