@@ -152,9 +152,20 @@ def load_checkpoint(out: Path) -> tuple[dict[str, Any], Progress] | None:
         if header["format"] != FORMAT:
             raise PotstillError(f"{file} was written by another version of potstill; --force starts again")
         settings, step = header["settings"], header["step"]
-        missing = {"recipe", "counts", "seed", "holdout", "steps", "device", "compile", "precision", "threads"} - set(
-            settings
-        )
+        missing = {
+            "recipe",
+            "counts",
+            "seed",
+            "holdout",
+            "steps",
+            "device",
+            "compile",
+            "precision",
+            "threads",
+            "fingerprint",
+            "torch",
+            "processor",
+        } - set(settings)
         if missing or step > settings["steps"]:
             raise KeyError(f"settings lack {', '.join(sorted(missing)) or 'steps'}")
         made = unpack(header["losses"], tensors)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 MISTAKES = 20  # lines of one message, at most
 
 

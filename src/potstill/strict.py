@@ -17,10 +17,14 @@ from typing import Any, BinaryIO
 DEPTH = 64  # of tables in tables; what is written here has about ten
 TOML = 1 << 20  # bytes of a recipe, or of a benchmark's rows
 WHOLE = 1 << 64  # a number of more bits is none of ours
-RATIO = 200  # times that an archive may grow, where it is larger than `SMALL`: pictures with large plain areas stay below
+RATIO = (
+    200  # times that an archive may grow, where it is larger than `SMALL`: pictures with large plain areas stay below
+)
 SMALL = 64 << 20  # bytes that may be as empty as they like
 MEMBERS = 10000  # of an archive
-_DOTTED = re.compile(r"(?:\.[^\s.=,\[\]{}'\"]*){40}|(?:\.\s*['\"][^'\"\n]*['\"]\s*){40}|(?:\[\s*){64}|(?:=\s*\{[^{}\n=]*){64}")
+_DOTTED = re.compile(
+    r"(?:\.[^\s.=,\[\]{}'\"]*){40}|(?:\.\s*['\"][^'\"\n]*['\"]\s*){40}|(?:\[\s*){64}|(?:=\s*\{[^{}\n=]*){64}"
+)
 
 
 def read_json(content: bytes | str, finite: bool = True) -> Any:

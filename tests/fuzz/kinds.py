@@ -17,7 +17,6 @@ import numpy as np
 import tomli_w
 import torch
 from PIL import Image
-from safetensors.torch import save as encode
 
 from fuzz import mutate
 from potstill import checkpoint, exchange, foreign, loaders, recipe, rows, trajectories
@@ -27,7 +26,6 @@ from potstill.checkpoint import Ask, Progress
 from potstill.data import Data
 from potstill.exchange import DistilledSet, describe_set
 from potstill.experts import record
-from potstill.functional import Key
 from potstill.measure import Clock
 from potstill.methods import METHODS
 from potstill.networks import network
@@ -96,7 +94,10 @@ def sets(home: Path) -> Kind:
         meta = describe_set(kept, METHODS["dm"]("small"), [1, 2, 1], 0, 5)
         lr = torch.tensor([0.01, 0.02]) if i else None
         if i == 2:
-            labels, meta = torch.softmax(torch.eye(3)[labels] * 3, 1), replace(meta, labels="soft", teacher={"network": "mlp"})
+            labels, meta = (
+                torch.softmax(torch.eye(3)[labels] * 3, 1),
+                replace(meta, labels="soft", teacher={"network": "mlp"}),
+            )
         one_ = DistilledSet(inputs, labels, meta, lr, exchange_matrix(kept))
         for own in (False, True) if name == "zca" else (False,):
             place = home / f"{name}{own}"
@@ -165,9 +166,19 @@ def pt(home: Path) -> Kind:
 
 def npz(home: Path) -> Kind:
     data = toy()
-    arrays = {"x_train": data.train.inputs.numpy(), "y_train": data.train.labels.numpy(), "x_test": data.test.inputs.numpy(), "y_test": np.array(["a", "b", "c"])[data.test.labels]}
+    arrays = {
+        "x_train": data.train.inputs.numpy(),
+        "y_train": data.train.labels.numpy(),
+        "x_test": data.test.inputs.numpy(),
+        "y_test": np.array(["a", "b", "c"])[data.test.labels],
+    }
     arrays["y_train"] = np.array(["a", "b", "c"])[arrays["y_train"]]
-    small = {"x": arrays["x_train"][::4], "y": data.train.labels.numpy()[::4], "normalisation": np.array("0.5/0.25"), "lr": np.float32(0.1)}
+    small = {
+        "x": arrays["x_train"][::4],
+        "y": data.train.labels.numpy()[::4],
+        "normalisation": np.array("0.5/0.25"),
+        "lr": np.float32(0.1),
+    }
     made = []
     for name, held in (("data", arrays), ("set", small)):
         for write in (np.savez, np.savez_compressed):
@@ -204,7 +215,7 @@ def text(rng: Random, whole: bytes, samples: list[bytes]) -> bytes:
         plain = mutate.tree(rng, tomllib.loads(whole.decode()), raw=False)
         try:
             return tomli_w.dumps(plain).encode("utf-8", "surrogatepass")
-        except Exception:  # what TOML cannot say, such as nothing
+        except (TypeError, ValueError, AttributeError):  # what TOML cannot say, such as nothing
             return repr(plain).encode("utf-8", "surrogatepass")
     lines = whole.split(b"\n")
     if act < 0.8:
@@ -218,10 +229,46 @@ def text(rng: Random, whole: bytes, samples: list[bytes]) -> bytes:
                 lines.insert(at, rng.choice(rng.choice(samples).split(b"\n")))
             elif what == 2:
                 deep = rng.choice([5, 500, 5000, 50000])
-                lines.insert(at, rng.choice([b"x = " + b"[" * deep + b"]" * deep, b"a" + b".a" * deep + b" = 1", b"x = " + b"{a = " * deep + b"1" + b"}" * deep, b"[" + b"a." * deep + b"a]", b"x = " + b"9" * deep, b"[[row]]\n" * min(deep, 500), b'x = "' + b"y" * deep + b'"', b"x = " + b"-" * deep]))
+                lines.insert(
+                    at,
+                    rng.choice(
+                        [
+                            b"x = " + b"[" * deep + b"]" * deep,
+                            b"a" + b".a" * deep + b" = 1",
+                            b"x = " + b"{a = " * deep + b"1" + b"}" * deep,
+                            b"[" + b"a." * deep + b"a]",
+                            b"x = " + b"9" * deep,
+                            b"[[row]]\n" * min(deep, 500),
+                            b'x = "' + b"y" * deep + b'"',
+                            b"x = " + b"-" * deep,
+                        ]
+                    ),
+                )
             elif what == 3:
                 key = lines[at].split(b"=")[0]
-                lines[at] = key + b"= " + rng.choice([b"nan", b"inf", b"-inf", b"1979-05-27T07:32:00Z", b"0xffffffffffffffffffff", b"1e400", b"''", b'"\\u001b[31m"', b"[1, 'a']", b"{}", b"true", b"9" * 400, b'"os:system"', b'"../../x"', b"'''a\nb\nc'''"])
+                lines[at] = (
+                    key
+                    + b"= "
+                    + rng.choice(
+                        [
+                            b"nan",
+                            b"inf",
+                            b"-inf",
+                            b"1979-05-27T07:32:00Z",
+                            b"0xffffffffffffffffffff",
+                            b"1e400",
+                            b"''",
+                            b'"\\u001b[31m"',
+                            b"[1, 'a']",
+                            b"{}",
+                            b"true",
+                            b"9" * 400,
+                            b'"os:system"',
+                            b'"../../x"',
+                            b"'''a\nb\nc'''",
+                        ]
+                    )
+                )
             else:
                 lines[at] = mutate.raw(rng, lines[at])
         return b"\n".join(lines)
@@ -340,11 +387,24 @@ def folders(home: Path) -> Kind:
         elif act == 4:
             del found[name]
         elif act == 5:
-            found[rng.choice(["train/a/x.txt", "train/x.png", "test/\x1b[31m/a.png", "train/d/a.png", ".hidden", "train/a/b/c.png", "train/a/\u202e.png", "test/a/" + "n" * 200 + ".png"])] = found[name]
+            found[
+                rng.choice(
+                    [
+                        "train/a/x.txt",
+                        "train/x.png",
+                        "test/\x1b[31m/a.png",
+                        "train/d/a.png",
+                        ".hidden",
+                        "train/a/b/c.png",
+                        "train/a/\u202e.png",
+                        "test/a/" + "n" * 200 + ".png",
+                    ]
+                )
+            ] = found[name]
         elif act == 6:
             buffer = io.BytesIO()
             mode = rng.choice(["1", "L", "RGB", "RGBA", "P", "I;16", "CMYK", "LA"])
-            Image.new(mode, rng.choice([(8, 8), (1, 1), (9, 8), (0, 8), (3000, 3000), (8, 3000)])).save(buffer, "TIFF")
+            Image.new(mode, rng.choice([(8, 8), (1, 1), (9, 8), (3000, 3000), (8, 3000)])).save(buffer, "TIFF")
             found[name] = buffer.getvalue()
         else:  # a header that promises a picture of a terabyte, and one of ten gigabytes
             whole_png = found[next(n for n in found if n.endswith("png"))]
@@ -391,14 +451,20 @@ def parquet(home: Path) -> Kind:
         if act == 0:
             row["image"]["bytes"] = mutate.raw(rng, row["image"]["bytes"])
         elif act == 1:
-            row["image"] = {"bytes": None, "path": rng.choice(["../../etc/passwd", "/etc/passwd", "a\0b", "x" * 5000, "", "\x1b[31m"])}
+            row["image"] = {
+                "bytes": None,
+                "path": rng.choice(["../../etc/passwd", "/etc/passwd", "a\0b", "x" * 5000, "", "\x1b[31m"]),
+            }
         elif act == 2:
             row["label"] = rng.choice([-1, 3, 2**40, None, 10**6])
         elif act == 3:
             for r in cells:
                 r["label"] = rng.choice(["a", "b", "\x1b[31m", "<b>"])
         else:
-            cells = [{rng.choice(["image", "x", "\x1b"]): r["image"], rng.choice(["label", "y", "z"]): r["label"]} for r in cells[: rng.randrange(4)]]
+            cells = [
+                {rng.choice(["image", "x", "\x1b"]): r["image"], rng.choice(["label", "y", "z"]): r["label"]}
+                for r in cells[: rng.randrange(4)]
+            ]
         buffer = io.BytesIO()
         try:
             pq.write_table(pa.Table.from_pylist(cells), buffer)

@@ -39,7 +39,29 @@ WORDS = [
     "BOOL",
     "I64",
 ]
-INTS = [0, 1, -1, 2, 3, 7, 255, 256, 2**16, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**63 - 1, 2**63, -(2**63), 2**64, 10**12, 10**30, 10**300]
+INTS = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    255,
+    256,
+    2**16,
+    2**31 - 1,
+    2**31,
+    -(2**31),
+    2**32,
+    2**53,
+    2**63 - 1,
+    2**63,
+    -(2**63),
+    2**64,
+    10**12,
+    10**30,
+    10**300,
+]
 FLOATS = [0.0, -0.0, 0.5, 1.0, -1.0, 1e-320, 1e-30, 1e30, 1e308, float("inf"), float("-inf"), float("nan")]
 
 
@@ -62,7 +84,18 @@ def value(rng: Random, raw: bool = True) -> Any:
     if kind == 5:
         return rng.choice(WORDS)
     if kind == 6:
-        return rng.choice([[], {}, [[]], [None], [0] * rng.choice([1, 2, 3, 100, 10000]), {"kind": "none"}, {"name": "zca"}, ["a", "b"]])
+        return rng.choice(
+            [
+                [],
+                {},
+                [[]],
+                [None],
+                [0] * rng.choice([1, 2, 3, 100, 10000]),
+                {"kind": "none"},
+                {"name": "zca"},
+                ["a", "b"],
+            ]
+        )
     if kind == 7:
         deep: Any = rng.choice([0, "x", []])
         for _ in range(rng.choice([5, 50, 200])):
@@ -74,7 +107,23 @@ def value(rng: Random, raw: bool = True) -> Any:
     if kind == 9:
         depth = rng.choice([600, 2000, 20000])
         return Raw('{"a":' * depth + "1" + "}" * depth)
-    return Raw(rng.choice(["9" * 5000, "1e999", "-1e999", "NaN", "Infinity", "1" + "0" * 400, "9" * 400 + ".5", '"\\ud800"', "00", "1.", '"\\u0000"']))
+    return Raw(
+        rng.choice(
+            [
+                "9" * 5000,
+                "1e999",
+                "-1e999",
+                "NaN",
+                "Infinity",
+                "1" + "0" * 400,
+                "9" * 400 + ".5",
+                '"\\ud800"',
+                "00",
+                "1.",
+                '"\\u0000"',
+            ]
+        )
+    )
 
 
 def places(tree: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -111,7 +160,16 @@ def tree(rng: Random, plain: Any, raw: bool = True, times: int | None = None) ->
         elif isinstance(parent[key], bool) or not isinstance(parent[key], int | float):
             parent[key] = rng.choice([[parent[key]], str(parent[key])[:99], {"a": parent[key]}])
         else:
-            parent[key] = rng.choice([parent[key] + 1, -parent[key], parent[key] - 1, float(parent[key]), str(parent[key]), parent[key] * 1000])
+            parent[key] = rng.choice(
+                [
+                    parent[key] + 1,
+                    -parent[key],
+                    parent[key] - 1,
+                    float(parent[key]),
+                    str(parent[key]),
+                    parent[key] * 1000,
+                ]
+            )
     return plain
 
 
@@ -184,7 +242,11 @@ def safetensors(rng: Random, content: bytes, own: str = "potstill") -> bytes:
     header, data = split(content)
     act = rng.randrange(6)
     if act == 0:
-        return join(dumps(header), data, rng.choice([0, 1, 2, 7, 2**31, 2**32, 2**63, 2**64 - 1, 10**8, len(dumps(header)) + rng.choice([-1, 1])]))
+        return join(
+            dumps(header),
+            data,
+            rng.choice([0, 1, 2, 7, 2**31, 2**32, 2**63, 2**64 - 1, 10**8, len(dumps(header)) + rng.choice([-1, 1])]),
+        )
     if act == 1:
         return join(dumps(tree(rng, header)), data)
     if act in (2, 3) and own in header.get("__metadata__", {}):
@@ -197,11 +259,32 @@ def safetensors(rng: Random, content: bytes, own: str = "potstill") -> bytes:
         entry = header[rng.choice(entries)]
         what = rng.randrange(5)
         if what == 0:
-            entry["dtype"] = rng.choice(["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X", "U64"])
+            entry["dtype"] = rng.choice(
+                ["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X", "U64"]
+            )
         elif what == 1:
-            entry["shape"] = rng.choice([[], [0], [1], [10**12], [2**32, 2**32], [2**63], [10**6] * 6, [-1], [0, 2**62], entry["shape"][::-1], [1] * 100, [*entry["shape"], 1], [*entry["shape"][:-1], 0]])
+            entry["shape"] = rng.choice(
+                [
+                    [],
+                    [0],
+                    [1],
+                    [10**12],
+                    [2**32, 2**32],
+                    [2**63],
+                    [10**6] * 6,
+                    [-1],
+                    [0, 2**62],
+                    entry["shape"][::-1],
+                    [1] * 100,
+                    [*entry["shape"], 1],
+                    [*entry["shape"][:-1], 0],
+                ]
+            )
         elif what == 2:
-            entry["data_offsets"] = [rng.choice([0, 1, 8, 2**32, 2**63, len(data)]), rng.choice([0, 1, 8, 2**40, 2**64 - 1, len(data)])]
+            entry["data_offsets"] = [
+                rng.choice([0, 1, 8, 2**32, 2**63, len(data)]),
+                rng.choice([0, 1, 8, 2**40, 2**64 - 1, len(data)]),
+            ]
         elif what == 3:
             header[rng.choice([*WORDS, "inputs", "labels", "matrix", "lr"])] = dict(entry)
         else:
@@ -212,7 +295,18 @@ def safetensors(rng: Random, content: bytes, own: str = "potstill") -> bytes:
         out = bytearray(data)
         for _ in range(rng.choice([1, 3])):
             at = 4 * rng.randrange(len(out) // 4)
-            out[at : at + 4] = rng.choice([b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\xff\xff\x7f\x7f", b"\0\0\0\0", b"\xff" * 4, b"\1\0\0\0", b"\0\0\0\x80"])
+            out[at : at + 4] = rng.choice(
+                [
+                    b"\0\0\xc0\x7f",
+                    b"\0\0\x80\x7f",
+                    b"\0\0\x80\xff",
+                    b"\xff\xff\x7f\x7f",
+                    b"\0\0\0\0",
+                    b"\xff" * 4,
+                    b"\1\0\0\0",
+                    b"\0\0\0\x80",
+                ]
+            )
         return join(dumps(header), bytes(out))
     return raw(rng, content)
 
@@ -231,7 +325,11 @@ def archive(found: dict[str, bytes], deflated: bool = False) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED) as opened:
         for name, content in found.items():
-            opened.writestr(zipfile.ZipInfo(name.encode(errors="replace").decode()), content, zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED)
+            opened.writestr(
+                zipfile.ZipInfo(name.encode(errors="replace").decode()),
+                content,
+                zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED,
+            )
     return buffer.getvalue()
 
 
@@ -252,7 +350,9 @@ def bomb(sizes: dict[str, int], heads: dict[str, bytes] | None = None) -> bytes:
         extra = struct.pack("<HHQQ", 1, 16, size, len(body))
         common = struct.pack("<HHHHHLLLHH", 45, 0, 8, 0, 33, 0, 2**32 - 1, 2**32 - 1, len(encoded), len(extra))
         local.append(b"PK\3\4" + common + encoded + extra + body)
-        central.append(b"PK\1\2" + struct.pack("<H", 45) + common + struct.pack("<HHHLL", 0, 0, 0, 0, offset) + encoded + extra)
+        central.append(
+            b"PK\1\2" + struct.pack("<H", 45) + common + struct.pack("<HHHLL", 0, 0, 0, 0, offset) + encoded + extra
+        )
         offset += len(local[-1])
     middle = b"".join(central)
     end = struct.pack("<4sHHHHLLH", b"PK\5\6", 0, 0, len(central), len(central), len(middle), offset, 0)
@@ -285,22 +385,77 @@ def npy(rng: Random, name: str, content: bytes) -> bytes:
         return raw(rng, content)
     array = np.load(io.BytesIO(content), allow_pickle=False)
     if act == 1:
-        kind = rng.choice(["f8", "f4", "f2", ">f4", "c8", "i8", "i2", "u8", "u4", "?", "U3", "S3", "O", "M8[s]", "m8[s]"])
-        array = array.astype(object) if kind == "O" else np.resize(np.zeros(1, kind) if array.dtype.kind == "U" else array.astype("i8").astype(kind), array.shape)
+        kind = rng.choice(
+            ["f8", "f4", "f2", ">f4", "c8", "i8", "i2", "u8", "u4", "?", "U3", "S3", "O", "M8[s]", "m8[s]"]
+        )
+        array = (
+            array.astype(object)
+            if kind == "O"
+            else np.resize(
+                np.zeros(1, kind) if array.dtype.kind == "U" else array.astype("i8").astype(kind), array.shape
+            )
+        )
     elif act == 2 and array.dtype.kind == "f" and array.size:
         array.flat[rng.randrange(array.size)] = rng.choice(FLOATS)
     elif act == 2 and array.dtype.kind in "iu" and array.size:
-        array.flat[rng.randrange(array.size)] = rng.randrange(-100, 100) % 256 if array.dtype.itemsize == 1 else rng.choice([-1, 0, 3, 99, 2**31 - 1])
+        array.flat[rng.randrange(array.size)] = (
+            rng.randrange(-100, 100) % 256 if array.dtype.itemsize == 1 else rng.choice([-1, 0, 3, 99, 2**31 - 1])
+        )
     elif act == 3:
         array = np.atleast_1d(array)
-        array = rng.choice([array[:0], array[:1], array.reshape(-1), array[..., None], array[None], np.asarray(array.flat[0] if array.size else 0), array[:, None], array.T])
+        array = rng.choice(
+            [
+                array[:0],
+                array[:1],
+                array.reshape(-1),
+                array[..., None],
+                array[None],
+                np.asarray(array.flat[0] if array.size else 0),
+                array[:, None],
+                array.T,
+            ]
+        )
     elif act == 4:
         head = {"descr": array.dtype.str, "fortran_order": False, "shape": array.shape}
         key = rng.choice(list(head))
         head[key] = {
-            "descr": rng.choice(["<f8", "|O", "<U1000000000", "|V99999999999", "<f4 ", "os", [("a", "<f8")] * 3, [("a", [("b", "|O")])], None, "<c16", ">i8", "|S0", "<U0"]),
+            "descr": rng.choice(
+                [
+                    "<f8",
+                    "|O",
+                    "<U1000000000",
+                    "|V99999999999",
+                    "<f4 ",
+                    "os",
+                    [("a", "<f8")] * 3,
+                    [("a", [("b", "|O")])],
+                    None,
+                    "<c16",
+                    ">i8",
+                    "|S0",
+                    "<U0",
+                ]
+            ),
             "fortran_order": rng.choice([True, 1, None, "x"]),
-            "shape": rng.choice([(10**12,), (2**63,), (-1,), (10**6, 10**6), (2**32, 2**32), (), (0, 10**15), (1,) * 70, "x", (1.5,), (True,), [3], 10**9, (10**9,), (10**10,)]),
+            "shape": rng.choice(
+                [
+                    (10**12,),
+                    (2**63,),
+                    (-1,),
+                    (10**6, 10**6),
+                    (2**32, 2**32),
+                    (),
+                    (0, 10**15),
+                    (1,) * 70,
+                    "x",
+                    (1.5,),
+                    (True,),
+                    [3],
+                    10**9,
+                    (10**9,),
+                    (10**10,),
+                ]
+            ),
         }[key]
         text = (repr(head) if rng.random() < 0.9 else "(" * 3000 + ")" * 3000).encode()
         text += b" " * (-(len(text) + 11) % 64) + b"\n"
@@ -378,10 +533,12 @@ def pickled(rng: Random, name: str, content: bytes) -> bytes:
                 i = rng.choice(spots)
                 size = {ord("K"): 1, ord("M"): 2, ord("J"): 4}[out[i]]
                 number = rng.choice(INTS)
-                out[i : i + 1 + size] = rng.choice([
-                    bytes([out[i]]) + (number & ((1 << 8 * size) - 1)).to_bytes(size, "little"),
-                    b"\x8a\x09" + (number & (2**71 - 1)).to_bytes(9, "little"),
-                ])
+                out[i : i + 1 + size] = rng.choice(
+                    [
+                        bytes([out[i]]) + (number & ((1 << 8 * size) - 1)).to_bytes(size, "little"),
+                        b"\x8a\x09" + (number & (2**71 - 1)).to_bytes(9, "little"),
+                    ]
+                )
         elif act == 6:
             deep = rng.choice([10, 1000, 100000])
             out[2:2] = b"]" * deep + b"a" * (deep - 1) + b"0"

@@ -1,7 +1,7 @@
 """Mutated inputs for a parser, in a process with limits; those that neither load nor are refused in a line are shown.
 
-    python tests/fuzz/run.py KIND... --count 20000 --seed 0        KIND: set pt npz recipe rows experts checkpoint parquet folder
-    python tests/fuzz/run.py pt --seed 0 --only 1234 --keep DIR    one input, and its files
+python tests/fuzz/run.py KIND... --count 20000 --seed 0        KIND: set pt npz recipe rows experts checkpoint parquet folder
+python tests/fuzz/run.py pt --seed 0 --only 1234 --keep DIR    one input, and its files
 """
 
 from __future__ import annotations
@@ -88,8 +88,15 @@ def work(kind: str, seed: int, first: int, last: int, keep: Path | None) -> None
                 outcome, what = "refused", str(error)
                 plain = what.replace(str(folder), "")
                 parts = plain.split("\n") if kind == "rows" else [plain]
-                if not all(p.isprintable() for p in parts) or len(plain) > LONGEST * (4 if kind == "rows" else 1) or len(parts) > LINES:
-                    outcome, what = "unexpected", f"an error that is no line: {plain[:300]!r} of {len(plain)} characters"
+                if (
+                    not all(p.isprintable() for p in parts)
+                    or len(plain) > LONGEST * (4 if kind == "rows" else 1)
+                    or len(parts) > LINES
+                ):
+                    outcome, what = (
+                        "unexpected",
+                        f"an error that is no line: {plain[:300]!r} of {len(plain)} characters",
+                    )
             except TooLong:
                 outcome, what = "unexpected", f"more than {SECONDS} seconds"
             except BaseException as error:  # noqa: BLE001
@@ -100,7 +107,13 @@ def work(kind: str, seed: int, first: int, last: int, keep: Path | None) -> None
                 os.rmdir(mark)
                 outcome, what = "unexpected", "code of the file has run"
             seconds = time.perf_counter() - begin
-            print(json.dumps({"i": i, "outcome": outcome, "what": what[:600], "seconds": seconds, "peak": status("VmHWM")}), file=out, flush=True)
+            print(
+                json.dumps(
+                    {"i": i, "outcome": outcome, "what": what[:600], "seconds": seconds, "peak": status("VmHWM")}
+                ),
+                file=out,
+                flush=True,
+            )
 
 
 def fuzz(kind: str, count: int, seed: int, only: int | None = None, keep: Path | None = None) -> dict[str, Any]:
@@ -110,10 +123,18 @@ def fuzz(kind: str, count: int, seed: int, only: int | None = None, keep: Path |
     shown: list[dict[str, Any]] = []
     seconds, low, high = 0.0, 0, 0
     while at < end:
-        here = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        here = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
         command = [sys.executable, __file__, kind, "--seed", str(seed), "--work", str(at), str(end)]
         command += ["--keep", str(keep)] if keep else []
-        with tempfile.TemporaryFile() as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=here) as worker:
+        with (
+            tempfile.TemporaryFile() as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=here) as worker,
+        ):
             assert worker.stdout is not None
             begun, left, rest = None, 300.0, b""
             while True:
@@ -139,9 +160,23 @@ def fuzz(kind: str, count: int, seed: int, only: int | None = None, keep: Path |
                 if begun is None:
                     raise SystemExit(f"the worker for {kind} does not work (exit {code}): {' | '.join(said)}")
                 tried["unexpected"] += 1
-                shown.append({"i": begun, "outcome": "unexpected", "what": f"the process died or hung (exit {code}): {' | '.join(said)}"})
+                shown.append(
+                    {
+                        "i": begun,
+                        "outcome": "unexpected",
+                        "what": f"the process died or hung (exit {code}): {' | '.join(said)}",
+                    }
+                )
                 at = begun + 1
-    return {"kind": kind, "seed": seed, "tried": sum(tried.values()), **tried, "slowest_seconds": round(seconds, 2), "peak_growth_bytes": high - low, "shown": shown}
+    return {
+        "kind": kind,
+        "seed": seed,
+        "tried": sum(tried.values()),
+        **tried,
+        "slowest_seconds": round(seconds, 2),
+        "peak_growth_bytes": high - low,
+        "shown": shown,
+    }
 
 
 def main() -> int:
