@@ -118,9 +118,20 @@ def _read(file: Path, rank: int) -> tuple[dict[str, Any], Progress]:
         if header["format"] != FORMAT:
             raise OtherVersion(f"{file} was written by another version of potstill; --force starts again")
         settings, step = header["settings"], header["step"]
-        missing = {"recipe", "counts", "seed", "holdout", "steps", "device", "compile", "precision", "threads"} - set(
-            settings
-        )
+        missing = {
+            "recipe",
+            "counts",
+            "seed",
+            "holdout",
+            "steps",
+            "device",
+            "compile",
+            "precision",
+            "threads",
+            "fingerprint",
+            "torch",
+            "processor",
+        } - set(settings)
         if missing or step > settings["steps"]:
             raise KeyError(f"settings lack {', '.join(sorted(missing)) or 'steps'}")
         made = unpack(header["losses"], tensors)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .errors import PotstillError, Stopped, Terminated, unknown
+from .errors import PotstillError, Stopped, Terminated, one_line, unknown
 from .faults import no_memory, on_terminate, out_of_memory
 from .launch import launched, speaks
 
@@ -181,8 +181,8 @@ def parser() -> Parser:
 
 
 def say(line: str) -> None:
-    """A line for the user, at once also where the output is a file."""
-    print(line, flush=True)
+    """A line for the user, at once also where the output is a file; names from files come without control characters."""
+    print(one_line(line, 10_000), flush=True)
 
 
 def counts_of(text: str) -> int | list[int]:
@@ -342,6 +342,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def columns(lines: Sequence[Sequence[str]]) -> str:
     """Words in columns, two blanks between."""
+    lines = [[one_line(cell, 300) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -352,7 +353,13 @@ def progress_bar(total: int, title: str, start: int) -> Any:
 
     every = 0.2 if sys.stderr.isatty() else 15.0  # seconds: a log file gets a line now and then
     return tqdm(
-        total=total, desc=title, initial=start, unit="step", dynamic_ncols=True, mininterval=every, smoothing=0.1
+        total=total,
+        desc=one_line(title, 100),
+        initial=start,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=every,
+        smoothing=0.1,
     )
 
 

@@ -230,9 +230,8 @@ def _check(made: DistilledSet, file: Path) -> None:
     wrong += [] if isinstance(meta.teacher, dict | None) else ["teacher"]
     wrong += [] if _listed(meta.class_names, str) else ["class_names"]
     wrong += [] if _listed(meta.ipc, int) and min(meta.ipc, default=0) >= 0 else ["ipc"]
-    numbers = isinstance(meta.scale, int | float) and 0 < meta.scale < float("inf")
-    low_high = [float(v) for v in meta.limits] if len(meta.limits) == 2 else [0.0, 0.0]
-    if wrong or not numbers or not low_high[0] < low_high[1]:
+    numbers = all(type(v) in (int, float) for v in (meta.scale, *meta.limits)) and 0 < meta.scale < float("inf")
+    if wrong or not numbers or len(meta.limits) != 2 or not meta.limits[0] < meta.limits[1]:
         raise PotstillError(
             f"{file} is no distilled set: its {(wrong or ['scale or limits'])[0]} is not what it should be"
         )

@@ -68,8 +68,8 @@ def check(stream: io.BytesIO) -> None:
         if stream.tell() - begin > MOST:
             raise ValueError(f"a pickle of more than {MOST:,} bytes, without its tensors")
         if opcode.name == "GLOBAL":
-            if not ALLOWED.fullmatch(value):
-                raise UnpicklingError(f"GLOBAL {value.replace(' ', '.')}")
+            if not ALLOWED.fullmatch(str(value)):
+                raise UnpicklingError(f"GLOBAL {str(value).replace(' ', '.')}")
         elif opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
             raise UnpicklingError(f"a pickle's {opcode.name}, which no set needs")
         elif isinstance(value, str | bytes | bytearray) and opcode.arg is not None:

@@ -27,6 +27,7 @@ from .errors import PotstillError
 FORMAT = 1
 CHUNK = 128  # pictures that one thread takes at a time
 MAPPED_SHARE = 0.25  # of the machine's memory: larger inputs are mapped, not read
+MOST = 1 << 25  # pixels of a picture
 CHANNELS = {"1": "L", "L": "L", "RGB": "RGB", "RGBA": "RGBA"}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 FILES = ("train-inputs.npy", "train-labels.npy", "test-inputs.npy", "test-labels.npy")
@@ -94,6 +95,8 @@ def decode(content: bytes | Path, convert: str | None = None) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            if image.width * image.height > MOST:  # of a few bytes a picture can be made that takes all memory
+                raise Odd(f"says that it is {image.width}x{image.height}; {MOST:,} pixels are taken at most")
             return pixels(image, convert)
     except Odd:
         raise

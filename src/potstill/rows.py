@@ -303,6 +303,8 @@ def faults(row: Row | CostRow, experts: Mapping[str, Recording]) -> list[str]:
         check(name in allowed, "" if name in allowed else str(unknown(kind, name, allowed)))
 
     check(bool(_plain(row.data)), "data is empty")
+    for part in (row.method, row.data, row.network, *(() if isinstance(row, CostRow) else row.networks)):
+        check(part.isprintable(), f"{part!r} is no name: it has characters that cannot be printed")
     check(row.ipc >= 1, f"ipc {row.ipc} is below 1")
     check(row.repeats >= 1, f"repeats {row.repeats} is below 1")
     among("preset", row.preset, PRESETS)

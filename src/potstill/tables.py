@@ -187,7 +187,10 @@ def _content(cell: Any, where: str, folder: Path | None) -> bytes | Path:
     import datasets
 
     allowed = folder or Path(datasets.config.HF_CACHE_HOME).resolve()
-    path = (allowed / cell["path"]).resolve()
+    try:
+        path = (allowed / str(cell["path"])).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Odd(f"{where} names a file that cannot be one") from error
     if not path.is_relative_to(allowed):
         raise Odd(f"{where} names a file outside of the data set's folder")
     return path

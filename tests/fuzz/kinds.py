@@ -215,7 +215,7 @@ def text(rng: Random, whole: bytes, samples: list[bytes]) -> bytes:
         plain = mutate.tree(rng, tomllib.loads(whole.decode()), raw=False)
         try:
             return tomli_w.dumps(plain).encode("utf-8", "surrogatepass")
-        except Exception:  # what TOML cannot say, such as nothing
+        except (TypeError, ValueError, AttributeError):  # what TOML cannot say, such as nothing
             return repr(plain).encode("utf-8", "surrogatepass")
     lines = whole.split(b"\n")
     if act < 0.8:
@@ -404,7 +404,7 @@ def folders(home: Path) -> Kind:
         elif act == 6:
             buffer = io.BytesIO()
             mode = rng.choice(["1", "L", "RGB", "RGBA", "P", "I;16", "CMYK", "LA"])
-            Image.new(mode, rng.choice([(8, 8), (1, 1), (9, 8), (0, 8), (3000, 3000), (8, 3000)])).save(buffer, "TIFF")
+            Image.new(mode, rng.choice([(8, 8), (1, 1), (9, 8), (3000, 3000), (8, 3000)])).save(buffer, "TIFF")
             found[name] = buffer.getvalue()
         else:  # a header that promises a picture of a terabyte, and one of ten gigabytes
             whole_png = found[next(n for n in found if n.endswith("png"))]
