@@ -87,6 +87,7 @@ class Process:
         self.name, self.limit = f"{row} {side}", ROWS[row].limit_seconds
         command = [sys.executable, str(HERE / "sides.py"), row, side, "--scale", args.scale, "--threads", str(args.threads)]  # fmt: skip
         command += ["--official", str(args.official)] if args.official else []
+        command += ["--eager"] if args.eager else []
         env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.warm = self._answer(10 * self.limit)["warm_seconds"]
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after so many")
     parser.add_argument("--scale", default="full", choices=("full", "toy"))
+    parser.add_argument("--eager", action="store_true", help="compile nothing: for toys")
     parser.add_argument("--json", type=Path, help="the record; by default results/beside.json beside this script")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)  # for the record; nothing is computed here
@@ -202,6 +204,8 @@ def main() -> None:
     toy = args.scale == "toy"
     if args.repeats < (1 if toy else 5):
         parser.error(f"--repeats {args.repeats} is below 5")
+    if args.eager and not toy:
+        parser.error("--eager is for --scale toy")
     if args.prepare:
         return prepare(names, args)
     if any(ROWS[n].other == "official" for n in names):

@@ -76,6 +76,7 @@ class Asked:
     scale: Scale
     toy: bool
     official: Path | None
+    compile: bool
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -113,7 +114,7 @@ def step_of(method: str, asked: Asked, ours: bool) -> Side:
     net = scale.features if method == "frepo" else scale.network
     preset = "small" if method in ("dd", "mtt") else "paper"
     row = CostRow(method, data.name, scale.ipc, network=net, preset=preset, settings=settings)
-    still = still_of(row, data, ours)
+    still = still_of(row, data, ours, asked.compile)
     now, at = still.fresh(), 0
 
     def step() -> None:
@@ -124,7 +125,7 @@ def step_of(method: str, asked: Asked, ours: bool) -> Side:
     facts = facts_of(still)
     if method not in ("dc", "dsa"):
         return Side(lambda: {"step": seconds(step)}, facts, 2 if ours else 1)
-    passes = still_of(replace(row, settings={**settings, "source.epochs": 1}), data, ours)
+    passes = still_of(replace(row, settings={**settings, "source.epochs": 1}), data, ours, asked.compile)
     slot, fetched, _, _ = passes.inputs_of(passes.fresh(), 0)
     zeros = tree_map(torch.zeros_like, passes.fresh().learned)
 
@@ -134,12 +135,12 @@ def step_of(method: str, asked: Asked, ours: bool) -> Side:
     return Side(lambda: {"step": seconds(step), "training": seconds(training)}, facts)
 
 
-def still_of(row: CostRow, data: Data, ours: bool) -> Still:
+def still_of(row: CostRow, data: Data, ours: bool, compile: bool) -> Still:
     """The row's recipe, bound to data."""
     recipe = recipe_of(row, data)
     exact = choose_precision("auto", "cpu", network(recipe.network, data.shape, data.task.outputs)) if ours else "fp32"
     counts = counts_per_group(row.ipc, data.counts)
-    return Still(data, Settings(recipe, counts, 0, 0.0, 1000, "cpu", ours, exact, torch.get_num_threads()))
+    return Still(data, Settings(recipe, counts, 0, 0.0, 1000, "cpu", ours and compile, exact, torch.get_num_threads()))
 
 
 def facts_of(still: Still) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def evaluation(asked: Asked, ipc: int, ours: bool) -> Side:
         go = official_side(asked, ipc, True).evaluation(epochs, test)
         return Side(go, {"network": asked.scale.official, "precision": "fp32", "compile": False}, 1)
     net, exact = _network(asked.scale.network, data)
-    trainer = Trainer(net, replace(PROTOCOLS["dsa"], epochs=epochs), data.task, True, "cpu")
+    trainer = Trainer(net, replace(PROTOCOLS["dsa"], epochs=epochs), data.task, asked.compile, "cpu")
     rows = torch.cat([(data.train.labels == c).nonzero().flatten()[:ipc] for c in range(data.task.classes)])
     pair = (data.prepare(data.train.inputs[rows]), data.train.labels[rows])
     keys = [Key(0).fold(i) for i in range(NETWORKS)]
@@ -181,7 +182,9 @@ def evaluation(asked: Asked, ipc: int, ours: bool) -> Side:
         return {"epoch": took / epochs / NETWORKS, "test": judged}
 
     together = trainer.together(len(rows))
-    return Side(go_, {"network": net.name, "precision": exact, "compile": True, "together": min(together, NETWORKS)})
+    return Side(
+        go_, {"network": net.name, "precision": exact, "compile": asked.compile, "together": min(together, NETWORKS)}
+    )
 
 
 def _network(name: str, data: Data) -> tuple[Any, str]:
@@ -194,7 +197,7 @@ def feature_pass(asked: Asked) -> Side:
     """Features of 256 images in four forms, and the machine's own matrix products."""
     net = network(asked.scale.network, (3, 32, 32), asked.scale.classes)
     state, x = net.init(Key(0)), Key(1).normal(8 if asked.toy else 256, 3, 32, 32)
-    forms = {f"{p} {w}": compiled(net.at(PRECISIONS[p]).features, w == "compiled") for p in ("fp32", "bf16")
+    forms = {f"{p} {w}": compiled(net.at(PRECISIONS[p]).features, w == "compiled" and asked.compile) for p in ("fp32", "bf16")
              for w in ("eager", "compiled")}  # fmt: skip
 
     def go() -> dict[str, float]:
@@ -219,9 +222,9 @@ def whole_epoch(asked: Asked, ours: bool) -> Side:
     facts = {"samples": len(few), "batch": protocol.batch}
     if ours:
         net, exact = _network(asked.scale.network, data)
-        trainer = Trainer(net, protocol, data.task, True, "cpu")
+        trainer = Trainer(net, protocol, data.task, asked.compile, "cpu")
         pair = (few.inputs, few.labels)
-        facts |= {"network": net.name, "precision": exact, "compile": True}
+        facts |= {"network": net.name, "precision": exact, "compile": asked.compile}
         return Side(lambda: {"epoch": seconds(lambda: trainer.fit([pair], [Key(0)], lambda n: None, data.prepare))}, facts)  # fmt: skip
     net = network(asked.scale.network, data.shape, data.task.outputs)
     module = plain_module(32 if asked.toy else 128, sum(name.startswith("conv") for name, _ in net.layers), data)
@@ -252,8 +255,8 @@ def whole_run(asked: Asked) -> Side:
     """Protocol `whole` on all of Fashion-MNIST, once, to its accuracy on the test data."""
     data = _grey(asked)
     net, exact = _network(asked.scale.network, data)
-    trainer = Trainer(net, PROTOCOLS["whole"], data.task, not asked.toy, "cpu")
-    facts: dict[str, Any] = {"network": net.name, "precision": exact, "compile": not asked.toy, "protocol": PROTOCOLS["whole"].hash}  # fmt: skip
+    trainer = Trainer(net, PROTOCOLS["whole"], data.task, asked.compile, "cpu")
+    facts: dict[str, Any] = {"network": net.name, "precision": exact, "compile": asked.compile, "protocol": PROTOCOLS["whole"].hash}  # fmt: skip
 
     def go() -> dict[str, float]:
         states: list[Any] = []
@@ -312,6 +315,7 @@ def main() -> None:
     parser.add_argument("--scale", default="full", choices=tuple(SCALES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--official", type=Path)
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
     args = parser.parse_args()
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a side prints is no answer
     torch.set_num_threads(args.threads)
@@ -319,7 +323,7 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     if args.side == "ours":
         keep_memory()  # as in every run of ours; the other side has the system's allocator as it is
-    side = build(args.row, args.side, Asked(SCALES[args.scale], args.scale == "toy", args.official))
+    side = build(args.row, args.side, Asked(SCALES[args.scale], args.scale == "toy", args.official, not args.eager))
     for answer in rounds(side):
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -148,16 +148,22 @@ def exponents(cells: Sequence[Mapping[str, Any]], axis: str) -> tuple[float | No
     return math.log(b["step_seconds"] / a["step_seconds"]) / x, math.log(max(grown(b), 1) / max(grown(a), 1)) / x
 
 
+def growth_plot(record: Mapping[str, Any]) -> list[str]:
+    """Where the curves are, once there are any."""
+    return ["![Seconds and memory of a step along each axis, both logarithmic](growth.svg)"] if record["cells"] else []
+
+
 def growth_machine(record: Mapping[str, Any]) -> list[str]:
     """What the cells have in common."""
     at, base = record["machine"], record["base"]
     where = f"{at['machine']['processor']}, {at['machine']['threads']} threads, PyTorch {at['torch']}"
     form = "compiled" if record["compile"] else "eager"
-    return [
+    line = (
         f"{where}; `{base['network']}`, {form}, float32. Where another axis grows: {base['ipc']} image per class, "
         f"{base['classes']} classes, {base['side']} × {base['side']} pixels in three channels, {base['samples']:,} training samples, "
         f"{base['real']} real samples a class and step (FRePo: {base['uniform']} in all)."
-    ]
+    )
+    return [line]
 
 
 def precision_table(record: Mapping[str, Any]) -> list[str]:
@@ -179,6 +185,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "once": ("beside.json", once_table),
     "growth": ("growth.json", growth_table),
     "growth-machine": ("growth.json", growth_machine),
+    "growth-plot": ("growth.json", growth_plot),
     "precision": ("precision.json", precision_table),
 }
 
