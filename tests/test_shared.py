@@ -22,25 +22,41 @@ from potstill.errors import PotstillError
 from potstill.rows import suites
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
-ROW = """[[row]]
+ROWS = """title = "t"
+table = "performance"
+[[row]]
 method = "dm"
 data = "digits"
-ipc = {ipc}
+ipc = 1
 steps = 40
 network = "mlp-w16"
 networks = ["mlp-w16"]
 protocol = "dc"
 repeats = 1
-settings = {{ "objective.real" = 4, "looks" = 2 }}
+settings = { "objective.real" = 4, "looks" = 2 }
+[[row]]
+method = "random"
+data = "digits"
+ipc = 1
+networks = ["mlp-w16"]
+protocol = "dc"
+repeats = 1
+[[row]]
+method = "herding"
+data = "digits"
+ipc = 1
+networks = ["mlp-w16"]
+protocol = "dc"
+repeats = 1
 """
-FIRST, *OTHERS = (f"digits/dm/{ipc}" for ipc in (1, 2, 3))
+FIRST, *OTHERS = "digits/dm/1", "digits/random/1", "digits/herding/1"
 LONG = 300  # seconds that no wait reaches, however slow the machine
 
 
-@pytest.fixture
-def rows(tmp_path):
-    file = tmp_path / "rows.toml"
-    file.write_text('title = "t"\ntable = "performance"\n' + "".join(ROW.format(ipc=ipc) for ipc in (1, 2, 3)))
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rows") / "rows.toml"
+    file.write_text(ROWS)
     return file
 
 
@@ -100,12 +116,12 @@ def made(folder):
     return found
 
 
-@pytest.fixture
-def alone(rows, tmp_path):
+@pytest.fixture(scope="module")
+def alone(rows):
     """The same cells, measured by this process one after the other."""
-    work = Benchmark(suites(str(rows), []), Bench(tmp_path / "alone", zoo=False, compile="off"))
+    work = Benchmark(suites(str(rows), []), Bench(rows.parent / "alone", zoo=False, compile="off"))
     assert work.run(work.plan()) == {"done": 3}
-    return made(tmp_path / "alone")
+    return made(work.bench.out)
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["lives", "dies"])
@@ -217,10 +233,10 @@ def test_a_task_refuses_another_folder_or_other_data(rows, tmp_path, monkeypatch
 
 def test_a_cell_whose_processes_all_died_is_recorded_and_tried_again(rows, tmp_path):
     work = Benchmark(suites(str(rows), []), Bench(tmp_path / "out", zoo=False, compile="off"))
-    cells = work.plan("*/1")
+    cells = work.plan("*/random/*")
     work.bench.out.mkdir()
     assert work.lost(cells[0], FAILED, "its process died 4 times") == FAILED
     record = json.loads(work.file(cells[0].row, "performance").read_text())
     assert (record["status"], record["reason"], record["results"]) == ("failed", "its process died 4 times", [])
-    assert [cell.fate for cell in work.plan("*/1")] == ["to do"]
+    assert [cell.fate for cell in work.plan("*/random/*")] == ["to do"]
     assert work.run(cells) == {"done": 1} and work.lost(cells[0], FAILED, "late") == "kept"
