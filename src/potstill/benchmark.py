@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -54,6 +54,9 @@ class Cell:
     mark: str
     fate: str
     reason: str = ""
+
+
+Through = Callable[[Sequence[Cell]], Iterable[tuple[Cell, str]]]  # runs cells, and tells each one's fate as it ends
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,16 @@ class Benchmark:
         found = self.kept(cell)
         return replace(cell, fate=KEPT) if self._settled(found) else cell
 
-    def run(self, cells: Sequence[Cell]) -> dict[str, int]:
+    def again(self, suite: Suite, row: Row | CostRow) -> Cell:
+        """One cell as it is planned here and now."""
+        return self._planned(suite, row)
+
+    def run(self, cells: Sequence[Cell], through: Through | None = None) -> dict[str, int]:
         """Run what is to do; what another process holds is come back to once, at the end.
+
+        Args:
+            cells: A plan.
+            through: What runs them; this process, one after the other, if absent.
 
         Returns:
             How many cells met each fate.
@@ -168,21 +179,37 @@ class Benchmark:
             self.bench.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PotstillError(f"--out {self.bench.out} cannot be made ({error.strerror})") from error
-        fates: dict[str, int] = {}
+        through = through or self._in_turn
+        fates = [cell.fate for cell in cells if cell.fate not in (TODO, ABSENT)]
         held = []
-        for cell in cells:
-            fate = self._guarded(cell) if cell.fate in (TODO, ABSENT) else cell.fate
+        for cell, fate in through([cell for cell in cells if cell.fate in (TODO, ABSENT)]):
             if fate == OTHER:
                 held.append(cell)
-                continue
-            fates[fate] = fates.get(fate, 0) + 1
-        for cell in held:
-            fate = self._guarded(cell)
-            fates[fate] = fates.get(fate, 0) + 1
-        return fates
+            else:
+                fates.append(fate)
+        fates += [fate for _, fate in through(held)]
+        return {fate: fates.count(fate) for fate in dict.fromkeys(fates)}
 
-    def _guarded(self, cell: Cell) -> str:
-        """Run a cell; whatever goes wrong in it becomes its record."""
+    def _in_turn(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
+        return ((cell, self.single(cell)) for cell in cells)
+
+    def single(self, cell: Cell) -> str:
+        """Run a cell here; whatever goes wrong in it becomes its record. Its fate."""
+        return self._recorded(cell, self._measured_now)
+
+    def lost(self, cell: Cell, status: str, why: str) -> str:
+        """Record a cell whose process has ended without a word of its own; what it had measured stays. Its fate."""
+        return self._recorded(cell, lambda cell, head, file: {**head, "status": status, "reason": why})
+
+    def _measured_now(self, cell: Cell, head: Record, file: Path) -> Record:
+        began = perf_counter()
+        self.bench.say(f"{self.name(cell.suite, cell.row)}: begins, about {cell.minutes:.1f} min")
+        record = self._caught(cell, head, file)
+        record["seconds"] = round(head["seconds"] + perf_counter() - began, 3)
+        return record
+
+    def _recorded(self, cell: Cell, make: Callable[[Cell, Record, Path], Record]) -> str:
+        """Make a cell's record, unless it is there by now or another process is about it."""
         file, name = self.file(cell.row, cell.suite.table), self.name(cell.suite, cell.row)
         try:
             with self.bench.locked(file):
@@ -193,14 +220,11 @@ class Benchmark:
                     return ABSENT  # what was measured when the data were here stays
                 file.parent.mkdir(parents=True, exist_ok=True)
                 sweep(file)
-                began = perf_counter()
                 head = self._head(cell, found)
                 if cell.fate == ABSENT:
                     record = {**head, "status": ABSENT, "reason": cell.reason}
                 else:
-                    self.bench.say(f"{name}: begins, about {cell.minutes:.1f} min")
-                    record = self._caught(cell, head, file)
-                    record["seconds"] = round(head["seconds"] + perf_counter() - began, 3)
+                    record = make(cell, head, file)
                 write_sealed(file, record)
         except Timeout:
             return OTHER

@@ -138,6 +138,12 @@ def parser() -> Parser:
     b.add_argument("--no-zoo", action="store_true", help="make every set, also those that the zoo has")
     b.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
     b.add_argument(
+        "--on",
+        default="",
+        metavar="ray",
+        help="a Ray cluster: ray (that of RAY_ADDRESS, or a new one here) or ray:HOST:PORT",
+    )
+    b.add_argument(
         "--data", action="append", default=[], metavar="NAME=OTHER", help="data that stand for others, such as a copy"
     )
     v = add("speed", "Measure where a step's time goes, method by method, against this machine's matrix product.")
@@ -265,6 +271,7 @@ def _experts(args: argparse.Namespace) -> None:
 def _benchmark(args: argparse.Namespace) -> None:
     from .bench import Bench
     from .benchmark import Benchmark, planned
+    from .cluster import on_ray
     from .places import shipped
     from .rows import suites
 
@@ -285,7 +292,8 @@ def _benchmark(args: argparse.Namespace) -> None:
         raise PotstillError(f"--only {args.only!r} keeps no cell of {args.name}")
     print(planned(cells), flush=True)
     if not args.plan:
-        fates = work.run(cells)
+        with on_ray(work, args.on) if args.on else nullcontext() as through:
+            fates = work.run(cells, through)
         print(", ".join(f"{count} {fate}" for fate, count in fates.items()) + f": {bench.out}")
         if home is not None and (file := home / "findings.toml").is_file():
             work.judge_findings(file)
