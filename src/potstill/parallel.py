@@ -97,8 +97,9 @@ class Group:
     def _each(self, tensors: Sequence[Tensor], collective: Any) -> list[Tensor]:
         """A collective on copies of all tensors, those of one type together: one message, not one for each."""
         out = [t.detach().clone() for t in tensors]
-        for dtype in dict.fromkeys(t.dtype for t in out):
-            at = [i for i, t in enumerate(out) if t.dtype == dtype]
+        kinds = [(t.dtype, t.device) for t in out]
+        for kind in dict.fromkeys(kinds):
+            at = [i for i, k in enumerate(kinds) if k == kind]
             flat = torch.cat([out[i].flatten() for i in at])
             with _together():
                 collective(flat)
@@ -171,7 +172,9 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         why = str(error).splitlines()[0][:200]
-        raise Lost(f"another process of this run has ended ({why}); the same command with --resume goes on") from error
+        raise Lost(
+            f"another process of this run has ended ({why}); torchrun --max-restarts N starts all again"
+        ) from error
 
 
 def _bytes(tree: Tree) -> Tensor:
