@@ -540,7 +540,7 @@ def pickled(rng: Random, name: str, content: bytes) -> bytes:
                     ]
                 )
         elif act == 6:
-            deep = rng.choice([10, 1000, 100000])
+            deep = rng.choice([10, 100, 1000, 1000, 5000])
             out[2:2] = b"]" * deep + b"a" * (deep - 1) + b"0"
         else:
             return raw(rng, bytes(out))
