@@ -142,7 +142,7 @@ def test_two_processes_share_the_cells_and_what_one_leaves_the_other_takes_up(be
         assert kept.step > 0 and second == [*OTHERS, FIRST], "and takes it up when the first is gone"
         assert f"resumed at step {kept.step} of 40" in answered.read_text(), "from the very last checkpoint"
     else:
-        assert sorted(first + second) == [FIRST, *OTHERS], "no cell is measured twice"
+        assert sorted(first + second) == sorted([FIRST, *OTHERS]), "no cell is measured twice"
         assert "resumed" not in said.read_text() + answered.read_text()
 
 
@@ -158,7 +158,12 @@ print(cluster.address, flush=True)
 sys.stdin.read()
 cluster.shutdown()
 """
-PRIVATE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}  # no file in the user's home
+PRIVATE = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # no file in the user's home
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 stays what it is
+    "RAY_worker_niceness": "0",  # on a busy machine the usual 15 starves a test
+}
 
 
 @pytest.fixture
@@ -196,7 +201,7 @@ def test_a_cluster_measures_what_one_process_does_also_when_a_worker_is_killed_i
     os.kill(worker, signal.SIGKILL)
     assert driver.wait(LONG) == 0, said.read_text()
     text = said.read_text()
-    assert "Ray: 2 nodes, 2 cells at a time" in text and "3 done" in text
+    assert "Ray nodes: 2, cells at a time: 2" in text and "3 done" in text
     assert text.count("resumed at step") == 1 and "resumed at step 0" not in text
     assert made(tmp_path / "out") == alone
 
@@ -204,6 +209,7 @@ def test_a_cluster_measures_what_one_process_does_also_when_a_worker_is_killed_i
 def test_ray_and_its_address_are_asked_for_in_one_line(rows, tmp_path, monkeypatch):
     work = Benchmark(suites(str(rows), []), Bench(tmp_path / "out"))
     monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # it is not asked
     for where, bench, words in (
         ("ray", work.bench, r"--on ray needs Ray .* pip install 'potstill\[ray\]'"),
         ("slurm", work.bench, "--on 'slurm' is no cluster; `ray` or `ray:HOST:PORT` is needed"),

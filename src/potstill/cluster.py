@@ -101,12 +101,17 @@ def on_ray(work: Benchmark, where: str) -> Iterator[Through]:
         raise PotstillError(f"--on {where!r} is no cluster; `ray` or `ray:HOST:PORT` is needed")
     if work.bench.device != "cpu":
         raise PotstillError(f"--on {where} runs cells on processors; --device {work.bench.device} goes without it")
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    if (
+        not address
+    ):  # Ray reads both as it is imported: tell nobody, and do not take 127.0.0.1 for the network's address
+        os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
     try:
         import ray
     except ImportError as error:
         raise PotstillError(f"--on {where} needs Ray ({error}); pip install 'potstill[ray]'") from error
     try:
-        _join(ray, address or os.environ.get("RAY_ADDRESS", ""))
+        _join(ray, address)
         yield _Cells(ray, work, torch.get_num_threads())
     finally:
         ray.shutdown()  # with a cluster of our own; of another one, this run's workers
@@ -115,7 +120,6 @@ def on_ray(work: Benchmark, where: str) -> Iterator[Through]:
 def _join(ray: Any, address: str) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if not address:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read by what `init` starts; nothing is told to anybody
         ray.init("local", include_dashboard=False, object_store_memory=STORE, _node_ip_address="127.0.0.1", **quiet)
         return
     try:
@@ -142,7 +146,7 @@ class _Cells:
                 f"a cell takes {threads} processors, as many as this process has threads, and no machine of the cluster "
                 f"has more than {max(sizes, default=0)}; OMP_NUM_THREADS={max(sizes, default=1) or 1} sets fewer"
             )
-        work.bench.say(f"Ray: {len(sizes)} nodes, {sum(size // threads for size in sizes)} cells at a time")
+        work.bench.say(f"Ray nodes: {len(sizes)}, cells at a time: {sum(size // threads for size in sizes)}")
         bench = replace(work.bench, out=work.bench.out.absolute(), say=_unheard, bar=None, loaded={})
         places = {name: os.environ[name] for name in SHARED if name in os.environ}
         self.order = lambda cell: Order(cell.suite, cell.row, cell.mark, bench, os.getcwd(), places, threads)
