@@ -225,7 +225,7 @@ def whole_epoch(asked: Asked, ours: bool) -> Side:
         trainer = Trainer(net, protocol, data.task, asked.compile, "cpu")
         pair = (few.inputs, few.labels)
         facts |= {"network": net.name, "precision": exact, "compile": asked.compile}
-        return Side(lambda: {"epoch": seconds(lambda: trainer.fit([pair], [Key(0)], lambda n: None, data.prepare))}, facts)  # fmt: skip
+        return Side(lambda: {"steps": seconds(lambda: trainer.fit([pair], [Key(0)], lambda n: None, data.prepare))}, facts)  # fmt: skip
     net = network(asked.scale.network, data.shape, data.task.outputs)
     module = plain_module(32 if asked.toy else 128, sum(name.startswith("conv") for name, _ in net.layers), data)
     inputs = data.prepare(few.inputs)
@@ -238,7 +238,7 @@ def whole_epoch(asked: Asked, ours: bool) -> Side:
             rule.step()
 
     facts |= {"network": net.name, "precision": "fp32", "compile": False}
-    return Side(lambda: {"epoch": seconds(epoch)}, facts, 1)
+    return Side(lambda: {"steps": seconds(epoch)}, facts, 1)
 
 
 def plain_module(width: int, depth: int, data: Data) -> nn.Module:

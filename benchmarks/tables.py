@@ -22,7 +22,7 @@ from potstill.records import read_json, write_whole
 HERE = Path(__file__).parent
 MIB = 2**20
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-WORDS = {"step": "", "training": ": one pass of the network over S", "epoch": ": an epoch", "test": ": the test pass", "memory": ": memory"}  # fmt: skip
+WORDS = {"step": "", "steps": "", "training": ": one pass of the network over S", "epoch": ": an epoch", "test": ": the test pass", "memory": ": memory"}  # fmt: skip
 
 
 def rows_of(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

@@ -1,0 +1,93 @@
+"""The measuring scripts: their tables from records made by hand, and one row at toy size from end to end."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("performance_tables", BENCHMARKS / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def side(seconds, peak=3 * 2**20, baseline=2**20):
+    middle = {k: sorted(v)[len(v) // 2] for k, v in seconds.items()}
+    return {"seconds": seconds, "median": middle, "peak_bytes": peak, "baseline_bytes": baseline}
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_ratio_is_the_others_median_over_ours(tables):
+    """Medians 3 and 12: 4; neighbouring rounds 10/2, 12/3 and 24/4; memory 9 MiB against 2."""
+    ours, other = side({"step": [2.0, 3.0, 4.0]}), side({"step": [10.0, 12.0, 24.0]}, 10 * 2**20)
+    row = {"title": "a step", "other": "plain", "bars": {"step": [2.5, 4.0], "memory": [4.0, 4.0]}}
+    lines = tables.beside_table({"rows": {"x": {**row, "sides": {"ours": ours, "plain": other}}}})
+    assert cells_of(lines[2]) == ["a step", "plain", "12 s", "3 s", "4.00× (4.00-6.00)", "2.5×", "4×"]
+    assert cells_of(lines[3])[2:5] == ["9 MiB", "2 MiB", "4.50×"]
+
+
+def test_a_share_is_of_the_matrix_product_at_the_same_precision(tables):
+    """100 operations in 2 s are a quarter of 1,000 in 5 s."""
+    took = {f"{p} {form}": [2.0] for p in ("fp32", "bf16") for form in ("eager", "compiled")}
+    took |= {"fp32 product": [1.0], "bf16 product": [5.0]}
+    ours = {**side(took), "flops": 100.0, "product_flops": 1000.0, "images": 256}
+    lines = tables.features_table({"rows": {"feature-pass": {"bars": {"share": [0.55, 0.7]}, "sides": {"ours": ours}}}})
+    bf16 = next(line for line in lines if "compiled, bf16" in line)
+    assert cells_of(bf16)[2:] == ["0.25 (0.25-0.25)", "0.55", "0.7"]
+    assert cells_of(next(line for line in lines if "eager, fp32" in line))[2].startswith("0.05")
+
+
+def test_exponents_are_those_of_the_last_two_points(tables):
+    """The side counts as the number of pixels; a cell that was not done counts for nothing."""
+
+    def cell(axis, at, seconds, mib, status="done"):
+        return {"method": "dm", "axis": axis, "at": at, "status": status, "step_seconds": seconds, "peak_bytes": mib * 2**20, "baseline_bytes": 0}  # fmt: skip
+
+    made = [cell("ipc", 1, 5.0, 7), cell("ipc", 10, 1.0, 1), cell("ipc", 100, 100.0, 10), cell("side", 8, 1.0, 4), cell("side", 16, 4.0, 8)]  # fmt: skip
+    made.append({**cell("side", 32, 0, 0, "out of time"), "reason": "longer"})
+    lines = tables.growth_table({"cells": {str(i): c for i, c in enumerate(made)}})
+    assert cells_of(lines[2])[3:] == ["2.00", "1.00"]
+    assert cells_of(lines[3])[3:] == ["1.00", "0.50"] and "32: out of time" in lines[3]
+
+
+def test_the_page_says_what_the_records_say(tables):
+    """No number was typed, and none is older than its record."""
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert tables.fill(page, BENCHMARKS / "results") == page
+    assert {name for _, name, _ in tables.BLOCK.findall(page)} == set(tables.TABLES)
+
+
+def test_toys_and_unknown_tables_do_not_come_on_the_page(tables, tmp_path):
+    toy = {"scale": "toy", "cells": {}}
+    (tmp_path / "precision.json").write_text(json.dumps(toy))
+    with pytest.raises(SystemExit, match="toys"):
+        tables.fill("<!-- table: precision -->\n<!-- end -->", tmp_path)
+    with pytest.raises(SystemExit, match="no table 'speeds'"):
+        tables.fill("<!-- table: speeds -->\n<!-- end -->", tmp_path)
+
+
+def test_a_toy_row_from_end_to_end_and_not_twice(tmp_path):
+    """The sides are processes that work in turns; a row in the file is skipped."""
+    file = tmp_path / "beside.json"
+    command = [sys.executable, str(BENCHMARKS / "beside.py"), "--only", "frepo", "--scale", "toy", "--eager", "--repeats", "3", "--threads", "1", "--json", str(file)]  # fmt: skip
+    first = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert first.returncode == 0, first.stderr
+    row = json.loads(file.read_text())["rows"]["frepo"]
+    assert {len(s["seconds"]["step"]) for s in row["sides"].values()} == {3} and set(row["sides"]) == {"ours", "plain"}
+    assert all(s["peak_bytes"] > s["baseline_bytes"] > 0 for s in row["sides"].values())
+    before = file.read_bytes()
+    again = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert "measured already" in again.stdout and file.read_bytes() == before
