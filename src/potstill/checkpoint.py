@@ -67,6 +67,7 @@ class Ask:
     device: str = "cpu"
     precision: str = "auto"
     compile: str = "auto"
+    memory: int | None = None
 
 
 def ours(name: str) -> bool:

@@ -72,6 +72,7 @@ def parser() -> Parser:
         "--holdout", type=float, default=0.1, help="share of the training data kept for looks (default: 0.1)"
     )
     d.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA-METHOD-ipcN-seedS)")
+    d.add_argument("--memory", metavar="SIZE", help="what it may take, such as 2GiB: steps are split so that they fit")
     d.add_argument("--resume", action="store_true", help="continue the run in the folder")
     d.add_argument("--force", action="store_true", help="start again in a folder that holds a run")
     d.add_argument("--tensorboard", type=Path, metavar="DIR", help="log loss and looks there for TensorBoard")
@@ -207,7 +208,7 @@ def _distill(args: argparse.Namespace) -> None:
 
     method: str | Recipe = read(args.recipe) if args.recipe else args.method
     names = ("steps", "minutes", "preset", "network", "init", "transform", "budget", "experts", "seed", "holdout", "out", "data_root", "device", "precision",
-             "compile", "resume", "force", "repeats")  # fmt: skip
+             "compile", "memory", "resume", "force", "repeats")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     with tensorboard(args.tensorboard) as watch:
         run = distill(args.data, method, ipc=counts_of(args.ipc) if args.ipc is not None else None,

@@ -59,6 +59,7 @@ def evaluate(
     affordable: float | None = None,
     say: Say = lambda line: None,
     bar: Callable[[int, str, int], Any] | None = None,
+    rows: int = 0,
 ) -> list[Result]:
     """Train fresh networks on sets and read their accuracy on the test data.
 
@@ -78,6 +79,7 @@ def evaluate(
         affordable: Leave out `random-soft` and `whole` where one would take longer than so many seconds.
         say: Receives lines for the user.
         bar: Makes a progress bar of a length, a title and a start.
+        rows: Samples in one pass of a network, one network after the other, to save memory; 0 for any number.
 
     Returns:
         A result for each set, network and baseline, in this order.
@@ -94,7 +96,8 @@ def evaluate(
         if b not in BASELINES:
             raise unknown("baseline", b, BASELINES)
     check_device(device)
-    keep_memory()
+    if not rows:
+        keep_memory()
     several = [sets] if isinstance(sets, DistilledSet | str | Path) else list(sets)
     strange = [s for s in several if not isinstance(s, DistilledSet) and is_foreign(s)]
     if strange and data is None:
@@ -141,7 +144,7 @@ def evaluate(
             for note in network(n, source.shape, source.task.outputs).notes:
                 say(note)
         asked = protocol_of(protocol or set_.meta.protocol)
-        judge = Judge(source, asked, repeats, seed, device, compile, precision, say, bar)
+        judge = Judge(source, asked, repeats, seed, device, compile, precision, say, bar, rows)
         for n in names:
             judge.student(n, judge.resolved(set_), set_, set_.meta.labels, False)
         work.append((set_, name, names, judge))

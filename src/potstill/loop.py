@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .asking import recipe_of, whole_numbers
+from .budget import Budget
 from .checkpoint import Ask, Progress, check_same, load_checkpoint, open_folder, save_checkpoint
 from .compiling import EAGER_FLOPS, check_device, choose_compile, choose_precision, count_flops, keep_memory
 from .data import Data, load_data
@@ -152,7 +153,14 @@ class Quiet:
 
 
 def prepare(
-    ask: Ask, data: Data, start: Synthetic, out: Path, resume: bool, clock: Clock, say: Callable[[str], None]
+    ask: Ask,
+    data: Data,
+    start: Synthetic,
+    out: Path,
+    resume: bool,
+    clock: Clock,
+    say: Callable[[str], None],
+    budget: Budget | None = None,
 ) -> tuple[Still, Progress]:
     """The run bound to its data and the point from which it goes on, its number of steps fixed."""
     recipe = recipe_of(ask, data, say)
@@ -177,7 +185,10 @@ def prepare(
             on,
             precision,
             pinned["threads"],
+            pinned.get("rows", 0),
         )
+        if budget is not None:
+            budget.check(data, settings, start, clock)
         still = Still(data, settings, start)
         say(f"resumed at step {progress.step} of {steps}")
         if on and progress.step < steps:
@@ -187,11 +198,13 @@ def prepare(
     settings = Settings(
         recipe, counts, ask.seed, ask.holdout, recipe.steps, ask.device, False, precision, torch.get_num_threads()
     )
+    if budget is not None:
+        settings = budget.choose(data, settings, start, clock)
     still = Still(data, settings, start)
     seconds = 60 * (ask.minutes or 0)
-    if ask.minutes is None and ask.compile == "auto":
+    if ask.minutes is None and ask.compile == "auto" and budget is None:
         seconds = count_flops(lambda: still.step(still.fresh(), 0)) * recipe.steps / EAGER_FLOPS
-    on, why = choose_compile(ask.compile, seconds, ask.device)
+    on, why = (False, "--memory") if budget is not None else choose_compile(ask.compile, seconds, ask.device)
     if not still.objective.needs.network:
         say("compile off, precision fp64 (a kernel in closed form)")
         on = False
@@ -206,7 +219,12 @@ def prepare(
         with clock.phase("looks"):
             first = still.look(still.fresh())
         looks = [{"step": 0, **first}] if first else []
-        spent = clock.seconds["start"] + clock.seconds.get("compile", 0.0) + clock.seconds["looks"] * (1 + recipe.looks)
+        spent = (
+            clock.seconds["start"]
+            + clock.seconds.get("memory", 0.0)
+            + clock.seconds.get("compile", 0.0)
+            + clock.seconds["looks"] * (1 + recipe.looks)
+        )
         with clock.phase("planning"):
             steps = plan(still, ask.minutes, spent, say)
         still = still.with_steps(steps)
@@ -260,6 +278,7 @@ def distill(
     device: str = "cpu",
     precision: str = "auto",
     compile: str = "auto",
+    memory: str | None = None,
     resume: bool = False,
     force: bool = False,
     evaluate: bool = True,
@@ -292,6 +311,7 @@ def distill(
         device: Where to compute.
         precision: `auto`, `fp32` or `bf16`.
         compile: `auto`, `on` or `off`.
+        memory: What the run may take, such as `2GiB`: steps are split so that they fit, with the same gradient.
         resume: Continue the run in `out`, to the same bits as an uninterrupted one.
         force: Start again in a folder that holds a run.
         evaluate: Judge the set and its baselines at the end.
@@ -334,6 +354,8 @@ def distill(
     )
     check_device(device)
     keep_memory()
+    limit = Budget.of(memory, compile, device, AFFORDABLE if evaluate else None, say) if memory is not None else None
+    ask = replace(ask, memory=limit.bytes if limit else None)
     if repeats < 1:
         raise PotstillError(f"--repeats {repeats} is below 1")
     clock = Clock()
@@ -346,6 +368,8 @@ def distill(
         counts = share(budget, data.counts)
         ask = replace(ask, ipc=counts)
     recipe = recipe_of(ask, data, lambda line: None)  # every mistake before the folder is touched
+    if limit is not None:
+        limit.allows(recipe)
     label = (
         f"budget{budget}"
         if budget is not None
@@ -373,7 +397,7 @@ def distill(
             check_coreset(out, set_)
         set_.save(out / "set.safetensors")
     else:
-        still, progress = prepare(ask, data, start, out, resume, clock, say)
+        still, progress = prepare(ask, data, start, out, resume, clock, say, limit)
         recipe = still.settings.recipe
         if still.memory:
             ways = {way: words(size) for way, size in still.memory.items()}
@@ -394,7 +418,7 @@ def distill(
                 set_,
                 whole,  # baselines are drawn from all of the training data, as `potstill evaluate` does
                 networks=[recipe.student],
-                baselines=BASELINES,
+                baselines=BASELINES if limit is None else limit.baselines(data),
                 repeats=repeats,
                 seed=seed,
                 device=device,
@@ -403,8 +427,12 @@ def distill(
                 affordable=AFFORDABLE,
                 say=say,
                 bar=bar,
+                rows=still.settings.rows if still else 0,
             )
         results = [asdict(r) for r in found]
         record = {**record, "results": results, "cost": cost(clock, record["cost"]["seconds_per_step"], device)}
+        write(out, record, set_, progress, still, data)
+    if limit is not None:
+        record = {**record, "memory": limit.describe()}
         write(out, record, set_, progress, still, data)
     return Run(set_, record, out)
