@@ -33,10 +33,10 @@ def keep_memory() -> None:
 def return_memory() -> None:
     """Let the C library give freed memory back at once: the process then holds little more than its tensors.
 
-    Each block of 64 KiB or more has pages of its own, so nothing is lost between blocks and what a process takes can be
-    told beforehand. The price is that pages are cleared again and again: see `keep_memory`.
+    Each block of 4 MiB or more has pages of its own, so little is lost between blocks and what a process takes can be told
+    beforehand. The price is that pages are cleared again and again: see `keep_memory`.
     """
-    _tune(1 << 16, 1 << 20)
+    _tune(1 << 22, 1 << 26)
 
 
 def _tune(mapped: int, trim: int) -> None:
