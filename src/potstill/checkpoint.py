@@ -75,6 +75,7 @@ class Ask:
     compile: str = "auto"
     parallel: str = "alone"
     ranks: int = 1
+    memory: int | None = None
 
 
 def ours(name: str) -> bool:

@@ -76,6 +76,7 @@ def parser() -> Parser:
         "--holdout", type=float, default=0.1, help="share of the training data kept for looks (default: 0.1)"
     )
     d.add_argument("--out", type=Path, help="folder of the run (default: runs/DATA-METHOD-ipcN-seedS)")
+    d.add_argument("--memory", metavar="SIZE", help="what it may take, such as 2GiB: steps are split so that they fit")
     d.add_argument("--resume", action="store_true", help="continue the run in the folder")
     d.add_argument("--force", action="store_true", help="start again in a folder that holds a run")
     d.add_argument(
@@ -225,7 +226,7 @@ def _distill(args: argparse.Namespace) -> None:
         for name in (method.network, method.student):
             check_named(name, str(args.recipe))
     names = ("steps", "minutes", "preset", "network", "init", "transform", "budget", "experts", "seed", "holdout", "out", "data_root", "device", "precision",
-             "compile", "resume", "force", "repeats", "parallel", "group")  # fmt: skip
+             "compile", "memory", "resume", "force", "repeats", "parallel", "group")  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     with tensorboard(args.tensorboard if args.group.leads else None) as watch:
         run = distill(args.data, method, ipc=counts_of(args.ipc) if args.ipc is not None else None,

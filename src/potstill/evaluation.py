@@ -61,6 +61,7 @@ def evaluate(
     group: Group = ALONE,
     say: Say = lambda line: None,
     bar: Callable[[int, str, int], Any] | None = None,
+    rows: int = 0,
 ) -> list[Result]:
     """Train fresh networks on sets and read their accuracy on the test data.
 
@@ -81,6 +82,7 @@ def evaluate(
         group: Processes among which the networks of each number are divided; all of them return all results.
         say: Receives lines for the user.
         bar: Makes a progress bar of a length, a title and a start.
+        rows: Samples in one pass of a network, one network after the other, to save memory; 0 for any number.
 
     Returns:
         A result for each set, network and baseline, in this order.
@@ -99,7 +101,8 @@ def evaluate(
     if not group.leads:
         say, bar = lambda line: None, None
     check_device(device)
-    keep_memory()
+    if not rows:
+        keep_memory()
     several = [sets] if isinstance(sets, DistilledSet | str | Path) else list(sets)
     strange = [s for s in several if not isinstance(s, DistilledSet) and is_foreign(s)]
     if strange and data is None:
@@ -146,7 +149,7 @@ def evaluate(
             for note in network(n, source.shape, source.task.outputs).notes:
                 say(note)
         asked = protocol_of(protocol or set_.meta.protocol)
-        judge = Judge(source, asked, repeats, seed, device, compile, precision, say, bar, group)
+        judge = Judge(source, asked, repeats, seed, device, compile, precision, say, bar, group, rows)
         for n in names:
             judge.student(n, judge.resolved(set_), set_, set_.meta.labels, False)
         work.append((set_, name, names, judge))

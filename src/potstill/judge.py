@@ -96,6 +96,7 @@ class Judge:
     say: Say = lambda line: None
     bar: Callable[[int, str, int], Any] | None = None
     group: Group = ALONE
+    rows: int = 0  # samples in one pass of a network, to save memory; 0 for any number
 
     def judge(
         self,
@@ -205,7 +206,7 @@ class Judge:
             usual, ridge = own_kernel(asks)
             return Ridge(usual if net_name == KERNEL else net_name, ridge, task)
         precision = PRECISIONS[self.precision_of(net_name)]
-        net = network(net_name, self.data.shape, self.data.task.outputs).at(precision)
+        net = network(net_name, self.data.shape, self.data.task.outputs).at(precision).by(self.rows)
         if protocol.name == "unrolled":
             return Walker(net, task, asks, labels, compile, self.device)
         return Trainer(net, protocol, task, compile, self.device)
@@ -258,7 +259,7 @@ class Judge:
         if any(count > most for count, most in zip(counts, data.counts.tolist(), strict=True)):
             self.say("random with soft labels: not measured, a class has too few samples beside those held out")
             return None
-        school = School(data, self.seed, self.device, self.compile, self.precision, self.say, self.bar)
+        school = School(data, self.seed, self.device, self.compile, self.precision, self.say, self.bar, self.rows)
         work = self.student(net_name, self.resolved(set_), set_, "soft", False).flops(len(set_)) * self.repeats
         seconds = school.seconds(net_name) + seconds_of_labels(data, net_name, len(set_)) + work / EAGER_FLOPS
         if affordable is not None and seconds > affordable:

@@ -15,6 +15,7 @@ import torch
 
 from .asking import recipe_of, whole_numbers
 from .blame import blame
+from .budget import Budget
 from .checkpoint import Ask, Progress, check_fits, check_same, load_checkpoint, ours, save_checkpoint
 from .compiling import EAGER_FLOPS, check_device, choose_compile, choose_precision, count_flops, keep_memory
 from .data import Data, load_data
@@ -167,7 +168,7 @@ class Quiet:
 
 def prepare(
     ask: Ask, data: Data, start: Synthetic, out: Path, resume: bool, clock: Clock, say: Callable[[str], None],
-    group: Group = ALONE,
+    group: Group = ALONE, budget: Budget | None = None,
 ) -> tuple[Still, Progress]:  # fmt: skip
     """The run bound to its data and the point from which it goes on, its number of steps fixed."""
     recipe = recipe_of(ask, data, say)
@@ -194,9 +195,12 @@ def prepare(
             on,
             precision,
             pinned["threads"],
+            pinned.get("rows", 0),
             parallel=ask.parallel,
             ranks=ask.ranks,
         )
+        if budget is not None:
+            budget.check(data, settings, start, clock)
         still = Still(data, settings, start, group)
         check_fits(progress, still, out)
         say(f"resumed at step {progress.step} of {steps}")
@@ -208,11 +212,15 @@ def prepare(
         recipe, counts, ask.seed, ask.holdout, recipe.steps, ask.device, False, precision, torch.get_num_threads(),
         parallel=ask.parallel, ranks=ask.ranks,
     )  # fmt: skip
+    if budget is not None:
+        settings = budget.choose(data, settings, start, clock)
     still = Still(data, settings, start, group)
     seconds = 60 * (ask.minutes or 0)
-    if ask.minutes is None and ask.compile == "auto":
+    if ask.minutes is None and ask.compile == "auto" and budget is None:
         seconds = count_flops(lambda: still.step(still.fresh(), 0)) * recipe.steps / EAGER_FLOPS
-    on, why = group.share(choose_compile(ask.compile, seconds, ask.device))
+    on, why = group.share(
+        (False, "--memory") if budget is not None else choose_compile(ask.compile, seconds, ask.device)
+    )
     if not still.objective.needs.network:
         say("compile off, precision fp64 (a kernel in closed form)")
         on = False
@@ -227,7 +235,12 @@ def prepare(
         with clock.phase("looks"):
             first = still.look(still.fresh()) if group.leads else None
         looks = [{"step": 0, **first}] if first else []
-        spent = clock.seconds["start"] + clock.seconds.get("compile", 0.0) + clock.seconds["looks"] * (1 + recipe.looks)
+        spent = (
+            clock.seconds["start"]
+            + clock.seconds.get("memory", 0.0)
+            + clock.seconds.get("compile", 0.0)
+            + clock.seconds["looks"] * (1 + recipe.looks)
+        )
         with clock.phase("planning"):
             steps = plan(still, ask.minutes, spent, say)
         still = still.with_steps(steps)
@@ -281,6 +294,7 @@ def distill(
     device: str = "cpu",
     precision: str = "auto",
     compile: str = "auto",
+    memory: str | None = None,
     resume: bool = False,
     force: bool = False,
     evaluate: bool = True,
@@ -315,6 +329,7 @@ def distill(
         device: Where to compute.
         precision: `auto`, `fp32` or `bf16`.
         compile: `auto`, `on` or `off`.
+        memory: What the run may take, such as `2GiB`: steps are split so that they fit, with the same gradient.
         resume: Continue the run in `out`, to the same bits as an uninterrupted one.
         force: Start again in a folder that holds a run.
         evaluate: Judge the set and its baselines at the end.
@@ -363,6 +378,10 @@ def distill(
         resume, force = True, False
     check_device(device)
     keep_memory()
+    limit = Budget.of(memory, compile, device, AFFORDABLE if evaluate else None, say) if memory is not None else None
+    ask = replace(ask, memory=limit.bytes if limit else None)
+    if limit is not None and group.size > 1:
+        raise PotstillError(f"--memory {memory} is for one process; torchrun goes without it")
     if repeats < 1:
         raise PotstillError(f"--repeats {repeats} is below 1")
     clock = Clock()
@@ -375,6 +394,8 @@ def distill(
         counts = share(budget, data.counts)
         ask = replace(ask, ipc=counts)
     recipe = recipe_of(ask, data, lambda line: None)  # every mistake before the folder is touched
+    if limit is not None:
+        limit.allows(recipe)
     label = (
         f"budget{budget}"
         if budget is not None
@@ -395,13 +416,27 @@ def distill(
     with opened(out, resume, force, ours) if group.leads else nullcontext():
         group.share(None)  # nobody looks into the folder before it is as it should be
         return carry_out(
-            ask, whole, data, recipe, each, out, resume, repeats if evaluate else 0, clock, say, bar, watch, group
+            ask,
+            whole,
+            data,
+            recipe,
+            each,
+            out,
+            resume,
+            repeats if evaluate else 0,
+            clock,
+            say,
+            bar,
+            watch,
+            group,
+            limit,
         )
 
 
 def carry_out(
     ask: Ask, whole: Data, data: Data, recipe: Recipe, each: list[int], out: Path, resume: bool, repeats: int, clock: Clock,
     say: Callable[[str], None], bar: Callable[[int, str, int], Any] | None, watch: Watch, group: Group = ALONE,
+    limit: Budget | None = None,
 ) -> Run:  # fmt: skip
     """`distill` in a folder that is this process's alone, all arguments checked.
 
@@ -419,6 +454,7 @@ def carry_out(
         bar: Makes a progress bar.
         watch: Receives losses and looks.
         group: The processes that share the run.
+        limit: What memory it may take.
     """
     if resume and group.leads and not contents(out, ours):
         say(f"nothing to resume in {out}: the run begins")
@@ -435,7 +471,7 @@ def carry_out(
             check_coreset(out, set_)
         set_.save(out / "set.safetensors")
     else:
-        still, progress = prepare(ask, data, start, out, resume, clock, say, group)
+        still, progress = prepare(ask, data, start, out, resume, clock, say, group, limit)
         recipe = still.settings.recipe
         if still.memory:
             ways = {way: words(size) for way, size in still.memory.items()}
@@ -458,7 +494,7 @@ def carry_out(
                 set_,
                 whole,  # baselines are drawn from all of the training data, as `potstill evaluate` does
                 networks=[recipe.student],
-                baselines=BASELINES,
+                baselines=BASELINES if limit is None else limit.baselines(data),
                 repeats=repeats,
                 seed=ask.seed,
                 device=ask.device,
@@ -468,9 +504,13 @@ def carry_out(
                 group=group,
                 say=say,
                 bar=bar,
+                rows=still.settings.rows if still else 0,
             )
         results = [asdict(r) for r in found]
         if group.leads:
             record = {**record, "results": results, "cost": cost(clock, record["cost"]["seconds_per_step"], ask.device)}
             write(out, record, set_, progress, still, data)
+    if limit is not None:
+        record = {**record, "memory": limit.describe()}
+        write(out, record, set_, progress, still, data)
     return Run(set_, group.share(record), out)

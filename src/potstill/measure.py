@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -33,6 +35,54 @@ def reset_peak(device: str = "cpu") -> None:
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def _pages() -> tuple[int, int]:
+    """Resident pages of the process, and those of them that are shared or of files."""
+    resident, shared = Path("/proc/self/statm").read_bytes().split()[1:3]
+    return int(resident), int(shared)
+
+
+def anonymous_bytes() -> int:
+    """Resident anonymous memory of the process now (RssAnon), without the pages of mapped files."""
+    resident, shared = _pages()
+    return (resident - shared) * resource.getpagesize()
+
+
+class Anonymous:
+    """The most resident anonymous memory while it is entered: looked at every few milliseconds from a thread beside.
+
+    Linux only. What the system itself keeps, the most that was resident at all, serves for what lies between two looks.
+
+    Args:
+        every: Seconds between looks.
+    """
+
+    def __init__(self, every: float = 0.002) -> None:
+        self.peak, self._over = 0, threading.Event()
+        reset_peak()
+        threading.Thread(target=_look, args=(weakref.ref(self), self._over, every), daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._over.set()
+        self.look()
+        unseen = peak_bytes() - _pages()[1] * resource.getpagesize()
+        self.peak = max(self.peak, unseen)
+
+    def look(self) -> int:
+        """The most so far."""
+        self.peak = max(self.peak, anonymous_bytes())
+        return self.peak
+
+
+def _look(ref: weakref.ref[Anonymous], over: threading.Event, every: float) -> None:
+    """Look until it is over, or nobody asks any more."""
+    while not over.wait(every) and (seen := ref()) is not None:
+        seen.look()
+        del seen
 
 
 class Clock:

@@ -96,7 +96,7 @@ def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int)
         parts += ["--preset", recipe.preset] if isinstance(ask.method, str) else []
     for name, value, usual in (
         ("network", ask.network, None), ("init", ask.init, None), ("seed", ask.seed, 0), ("holdout", ask.holdout, 0.1),
-        ("transform", data.transform.name, "standardise"), ("precision", ask.precision, "auto"), ("compile", ask.compile, "auto"), ("device", ask.device, "cpu"),
+        ("transform", data.transform.name, "standardise"), ("precision", ask.precision, "auto"), ("compile", ask.compile, "auto"), ("device", ask.device, "cpu"), ("memory", ask.memory, None),
     ):  # fmt: skip
         if value != usual:
             parts += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]

@@ -2,7 +2,8 @@
 
 A cache is a folder named by a hash of where the pictures come from and a hash of what lies there (names, sizes, times).
 It is written under another name and then renamed, so one that is there is whole. It holds pixels, labels and what is
-known of them: fingerprint, mean and standard deviation, so that nothing is read whole at a start.
+known of them: fingerprint, mean and standard deviation, so that nothing is read whole at a start. What a killed process has
+decoded is found by its hashes, and not decoded anew; a second process waits for the first.
 """
 
 from __future__ import annotations
@@ -14,20 +15,28 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 from .errors import PotstillError
 
 FORMAT = 1
 CHUNK = 128  # pictures that one thread takes at a time
-MAPPED_SHARE = 0.25  # of the machine's memory: larger inputs are mapped, not read
 MOST = 1 << 25  # pixels of a picture
+MAPPED_SHARE = 0.25  # of the machine's memory: larger inputs are mapped, not read,
+MAPPED = 64 << 20  # and so are those of more bytes than this
+MARK = 16  # bytes of the hash of decoded pictures
 CHANNELS = {"1": "L", "L": "L", "RGB": "RGB", "RGBA": "RGBA"}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 FILES = ("train-inputs.npy", "train-labels.npy", "test-inputs.npy", "test-labels.npy")
@@ -153,28 +162,25 @@ def cached(
         return found
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for old in root.glob(f".{first}-*"):  # what a killed process left half-written
-            if old.stat().st_mtime < time.time() - 86400:
+        for old in root.glob(f".{first}-*"):  # what a killed process left half-written of what lay there before
+            if old.name != f".{folder.name}" and old.stat().st_mtime < time.time() - 86400:
                 shutil.rmtree(old, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{first}-", dir=root))
-        try:
-            scratch = work / "scratch"
-            _fill(work, listing(scratch), order, known, convert)
-            shutil.rmtree(scratch, ignore_errors=True)
-            if folder.exists():  # damaged, or of another process in the meantime
-                if (other := _open(folder)) is not None:
-                    return other
-                shutil.rmtree(folder)
-            for old in root.glob(f"{first}-*"):
-                shutil.rmtree(old, ignore_errors=True)
-            try:
-                work.rename(folder)
-            except OSError:  # another process was quicker
-                if (other := _open(folder)) is None:
-                    raise
+        with _alone(root / f".{folder.name}") as work:
+            if (other := _open(folder)) is not None:  # of another process in the meantime
+                shutil.rmtree(work)
                 return other
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            try:
+                scratch = work / "scratch"
+                shutil.rmtree(scratch, ignore_errors=True)
+                _fill(work, listing(scratch), order, known, convert)
+                shutil.rmtree(scratch, ignore_errors=True)
+                for old in root.glob(f"{first}-*"):  # damaged, or of what lay there before
+                    shutil.rmtree(old, ignore_errors=True)
+                work.rename(folder)
+            except BaseException as error:
+                if isinstance(error, Exception) or not _begun(work):
+                    shutil.rmtree(work, ignore_errors=True)
+                raise
     except Odd as error:
         raise PotstillError(f"{name}: {error}") from error
     except OSError as error:
@@ -186,13 +192,46 @@ def cached(
     return made
 
 
+@contextmanager
+def _alone(work: Path) -> Iterator[Path]:
+    """A folder that no other process has, as it was left by the last one; where there are no locks, a fresh one."""
+    if fcntl is None:
+        yield Path(tempfile.mkdtemp(prefix=f"{work.name}-", dir=work.parent))
+        return
+    while True:
+        work.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):
+            handle = os.open(work, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                if work.exists() and os.path.samestat(os.fstat(handle), work.stat()):  # else it was renamed meanwhile
+                    yield work
+                    return
+            finally:
+                os.close(handle)
+
+
+def _begun(work: Path) -> bool:
+    """Whether pictures have been decoded into a folder."""
+    return any(any(file.read_bytes()) for file in work.glob("*-done"))
+
+
+def _opened(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A file of bytes in this shape, mapped: the one that is there, if it is such a one."""
+    with suppress(OSError, ValueError):
+        found: np.ndarray = np.lib.format.open_memmap(file, mode="r+")
+        if found.shape == shape and found.dtype == np.uint8:
+            return found
+    return np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+
+
 def _open(folder: Path) -> Decoded | None:
     """A cache, mapped where it is large; nothing where there is none or it is damaged."""
     try:
         info = json.loads((folder / "known.json").read_bytes())
         if [(folder / f).stat().st_size for f in FILES] != info["sizes"]:
             return None
-        mapped = sum(info["sizes"]) > MAPPED_SHARE * memory()
+        mapped = sum(info["sizes"]) > min(MAPPED_SHARE * memory(), MAPPED)
         # "c": writable for PyTorch's sake, and what is written never reaches the file
         arrays = tuple(
             np.load(folder / f, mmap_mode="c" if mapped and "inputs" in f else None, allow_pickle=False) for f in FILES
@@ -218,20 +257,34 @@ def _fill(
         rows = order(pictures.labels) if split == "train" else np.arange(count)
         place = np.empty(count, dtype=np.int64)
         place[rows] = np.arange(count)
-        out = np.lib.format.open_memmap(
-            folder / f"{split}-inputs.npy", mode="w+", dtype=np.uint8, shape=(count, *first.shape)
-        )
+        out = _opened(folder / f"{split}-inputs.npy", (count, *first.shape))
+        done = os.open(folder / f"{split}-done", os.O_RDWR | os.O_CREAT)  # the hash of each CHUNK of decoded pictures
 
         def work(
-            start: int, pictures: Pictures = pictures, out: np.ndarray = out, place: np.ndarray = place, n: int = count
+            start: int,
+            pictures: Pictures = pictures,
+            out: np.ndarray = out,
+            place: np.ndarray = place,
+            n: int = count,
+            done: int = done,
         ) -> None:
-            for i, (name, content) in enumerate(pictures.batch(start, min(start + CHUNK, n)), start):
+            stop, at = min(start + CHUNK, n), start // CHUNK * MARK
+            before, mark = os.pread(done, MARK, at), hashlib.blake2b(digest_size=MARK)
+            if any(before):
+                for i in range(start, stop):
+                    mark.update(out[place[i]])
+                if mark.digest() == before:
+                    return
+                mark = hashlib.blake2b(digest_size=MARK)
+            for i, (name, content) in enumerate(pictures.batch(start, stop), start):
                 array = _decode(name, content, convert)
                 if array.shape != first.shape:
                     raise Odd(
                         f"{name} is {said(array)}, {first_name} is {said(first)}; all pictures must be equal in both"
                     )
                 out[place[i]] = array
+                mark.update(np.ascontiguousarray(array))
+            os.pwrite(done, mark.digest(), at)
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
             jobs = [pool.submit(work, start) for start in range(0, count, CHUNK)]
@@ -240,6 +293,7 @@ def _fill(
                     job.result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+                os.close(done)
         out.flush()
         np.save(folder / f"{split}-labels.npy", pictures.labels[rows].astype(np.int64))
         arrays += [out, np.load(folder / f"{split}-labels.npy")]
@@ -248,6 +302,8 @@ def _fill(
         "sizes": [(folder / f).stat().st_size for f in FILES],
     }
     (folder / "known.json").write_text(json.dumps(info))
+    for done in folder.glob("*-done"):
+        done.unlink()
     for name in (*FILES, "known.json"):
         with (folder / name).open("rb+") as handle:
             os.fsync(handle.fileno())

@@ -64,7 +64,7 @@ def recomputed(function: Callable[..., Tensor], *args: Tree) -> Tensor:
         return (function(*pytree.tree_unflatten(list(values), form)),)
 
     (out,) = _Recomputed.apply(whole, *flat)
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def in_rows(function: Callable[..., Tensor], x: Tensor, rows: int, *shared: Tree) -> Tensor:

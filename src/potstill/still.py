@@ -289,28 +289,25 @@ class Still:
         held = self.data.heldout
         if not len(held):
             return None
-        recipe = self.settings.recipe
-        walks = recipe.protocol == "unrolled" and starts_alike(recipe, self.settings.steps)
-        student, own = recipe.student, walks or is_kernel(recipe.student)
-        student = student if own else narrow(student)
         set_ = self.set(now.learned, self.settings.steps)
-        learner = self.look_student(student, set_)
-        labels = labels_for("squared", set_.labels, set_.meta.labels) if is_kernel(student) else set_.labels
+        learner = self.look_student(set_)
+        labels = labels_for("squared", set_.labels, set_.meta.labels) if isinstance(learner, Ridge) else set_.labels
         (state,) = learner.fit([(set_.inputs, labels)], [self.key.fold("look")], lambda n: None)
         accuracy = learner.score(state, held.inputs, held.labels, self.data.prepare)
         return {"accuracy": round(accuracy, 6), "network": learner.name}
 
-    def look_student(self, name: str, set_: DistilledSet) -> Trainer | Walker | Ridge:
+    def look_student(self, set_: DistilledSet) -> Trainer | Walker | Ridge:
         """Who learns at a look: the kernel or the walk that the set asks for, else a narrow network, trained shortly."""
+        recipe = self.settings.recipe
+        walks = recipe.protocol == "unrolled" and starts_alike(recipe, self.settings.steps)
+        name = recipe.student if walks or is_kernel(recipe.student) else narrow(recipe.student)
         if is_kernel(name):
             usual, ridge = own_kernel(set_)
             return Ridge(usual if name == KERNEL else name, ridge, self.task)
         net = network(name, self.data.shape, self.data.task.outputs).by(self.settings.rows)
-        if self.settings.recipe.protocol == "unrolled":
+        if recipe.protocol == "unrolled":
             return Walker(net, self.task, set_, set_.meta.labels, False, "cpu")
-        return Trainer(
-            net, replace(LOOK, fit=self.task.fit), self.task, False, "cpu", 1 if self.settings.rows else None
-        )
+        return Trainer(net, replace(LOOK, fit=self.task.fit), self.task, False, "cpu")
 
 
 def task_of(data: Data, labels: str) -> Classification:

@@ -102,7 +102,8 @@ class Teacher:
         logits, held = self.logits(inputs), data.heldout
         if not len(held):
             return SoftLabels(soften(logits, UNCHOSEN), UNCHOSEN, [], self.net.name)
-        quick = Trainer(network(narrow(student), data.shape, data.task.outputs), QUICK, data.task, False, self.device)
+        net = network(narrow(student), data.shape, data.task.outputs).by(self.net.rows)
+        quick = Trainer(net, QUICK, data.task, False, self.device)
         sets = [(inputs, soften(logits, t)) for t in TEMPERATURES]
         states = quick.fit(sets, [key] * len(sets), lambda n: None)
         scores = [round(quick.score(state, held.inputs, held.labels, data.prepare), 6) for state in states]
@@ -136,6 +137,7 @@ class School:
         precision: `auto`, `fp32` or `bf16`, of the training.
         say: Receives lines for the user.
         bar: Makes a progress bar of a length, a title and a start.
+        rows: Samples in one pass of a network, to save memory; 0 for any number.
     """
 
     data: Data
@@ -145,9 +147,10 @@ class School:
     precision: str = "auto"
     say: Say = lambda line: None
     bar: Callable[[int, str, int], Any] | None = None
+    rows: int = 0
 
     def network(self, name: str) -> Network:
-        return network(name, self.data.shape, self.data.task.outputs)
+        return network(name, self.data.shape, self.data.task.outputs).by(self.rows)
 
     def _work(self, name: str) -> float:
         trainer = Trainer(self.network(name), PROTOCOLS["whole"], self.data.task, False, "cpu")

@@ -209,6 +209,8 @@ class Trainer:
         """
         if self.side_by_side:
             return self.side_by_side
+        if self.net.rows:
+            return 1
         each = sample_flops(self.net)
         return 1 if each > LARGE or each * self.protocol.size(samples) > LITTLE else MANY
 
@@ -299,7 +301,7 @@ class Scorer:
 
     def __call__(self, state: State, inputs: Tensor, labels: Tensor, prepare: Prepare) -> float:
         """The score on raw inputs (N, *shape), in batches of one static size."""
-        batch = min(500, len(inputs))
+        batch = min(self.net.rows or 500, 500, len(inputs))
         parts = []
         with torch.no_grad():
             for start in range(0, len(inputs), batch):

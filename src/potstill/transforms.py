@@ -23,7 +23,8 @@ from torch import Tensor
 from .errors import PotstillError, unknown
 from .records import cache, write_whole
 
-PART = 4096  # samples at a time: a sum over a whole set needs no copy of it in float
+PART = 4096  # samples at a time: a sum over a whole set needs no copy of it in float,
+NUMBERS = 1 << 21  # and no more numbers than this
 MOST = 16384  # features that are whitened at most: the matrix alone takes 1 GiB
 REG = 0.1  # FRePo's
 
@@ -71,7 +72,7 @@ class Standardise:
         first = raw[:1].flatten(2)[:, :, :1].double() if trailing else raw[:1].double()
         first = first.view(1, -1, *(1,) * trailing)
         total, square, count = 0.0, 0.0, raw.numel() // raw.shape[1]
-        for part in raw.split(PART):
+        for part in raw.split(min(PART, max(1, NUMBERS // math.prod(raw.shape[1:])))):
             part = (part.double() - first) / scale
             total, square = total + part.sum(axes), square + part.square().sum(axes)
         shift = torch.as_tensor(total / count)
