@@ -226,10 +226,22 @@ def bombs():
     number = (10**10).to_bytes(9, "little")
     yield "a.pt", pickled(CALL % (b"cbuiltins\nbytearray\n", number))
     yield "a.pt", pickled(CALL % (b"ctorch\nFloatTensor\n", number))
-    hexed = b"c_codecs\nencode\n" * 40 + b"X\x10\0\0\0" + b"a" * 16 + b"X\6\0\0\0latin1\x86R" + b"X\3\0\0\0hex\x86R" * 39 + b"0"
+    hexed = (
+        b"c_codecs\nencode\n" * 40
+        + b"X\x10\0\0\0"
+        + b"a" * 16
+        + b"X\6\0\0\0latin1\x86R"
+        + b"X\3\0\0\0hex\x86R" * 39
+        + b"0"
+    )
     yield "a.pt", pickled(hexed)
     yield "a.pt", pickled(b"cbuiltins\nset\n(" + b"K\1" * 100 + b"lR0")
-    for shape, length in (([10**12, 1, 8, 8], None), ([4, 1, 8, 8], 2**63), ([4, 1, 8, 8], 10**11), ([2**40, 2**40], None)):
+    for shape, length in (
+        ([10**12, 1, 8, 8], None),
+        ([4, 1, 8, 8], 2**63),
+        ([4, 1, 8, 8], 10**11),
+        ([2**40, 2**40], None),
+    ):
         header, data = mutate.split(save({"inputs": torch.zeros(4, 1, 8, 8), "labels": torch.zeros(4).long()}))
         header["inputs"]["shape"] = shape
         yield "set.safetensors", mutate.join(json.dumps(header).encode(), data, length)
@@ -386,7 +398,9 @@ def test_no_terminal_is_written_to_by_a_file(tmp_path, capsys):
     record = json.loads((results / "cells/performance/a/b/1.json").read_text())
     (results / "cells/performance/a/b/2.json").write_text(json.dumps({**record, "status": evil}))
     row = {"method": "dm", "data": evil, "ipc": 1, "networks": [evil], "protocol": evil}
-    (tmp_path / "rows.toml").write_text("table = 'performance'\n[[row]]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in row.items()))
+    (tmp_path / "rows.toml").write_text(
+        "table = 'performance'\n[[row]]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in row.items())
+    )
     data = str(npz(tmp_path, (evil, "b", "c")))
     out = ["--out", str(tmp_path / "o")]
     codes = []
@@ -494,7 +508,7 @@ def test_a_card_and_its_set_under_hostile_names(tmp_path):
 
 def test_words_of_records_and_sets_stay_words_in_a_benchmarks_page(tmp_path):
     """`potstill report` over records and sets with hostile names: the markup is that of harmless ones."""
-    for i, evil in enumerate(HOSTILE):
+    for i, evil in enumerate(" ".join(HOSTILE[k::3]) for k in range(3)):
         pages = []
         for kind, word in (("plain", "a name"), ("hostile", evil)):
             root = tmp_path / f"{kind}{i}"
@@ -529,7 +543,9 @@ def test_words_of_records_and_sets_stay_words_in_a_benchmarks_page(tmp_path):
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..\\x", "0" * 16 + "/../x", "0" * 15 + "\0", "0" * 16 + "\n"])
 def test_a_whitening_matrix_is_looked_for_beside_its_set_only(tmp_path, name):
-    made = set_of(transform={"name": "zca", "mean": [0.5] * 3, "std": [0.25] * 3, "trailing": 2, "reg": 0.1, "matrix": name})
+    made = set_of(
+        transform={"name": "zca", "mean": [0.5] * 3, "std": [0.25] * 3, "trailing": 2, "reg": 0.1, "matrix": name}
+    )
     (tmp_path / "in").mkdir()
     made.save(tmp_path / "in" / "set.safetensors")
     for outside in ("zca-x.safetensors", "x.safetensors", "x"):
