@@ -81,7 +81,7 @@ def _is_text(array: np.ndarray) -> bool:
         return True
     codes = np.frombuffer(array.tobytes(), array.dtype.newbyteorder("=").str[0] + "u4")
     codes = codes if array.dtype.isnative else codes.byteswap()
-    return bool((codes < 0x110000).all() and not ((0xD800 <= codes) & (codes < 0xE000)).any())
+    return bool((codes < 0x110000).all() and not ((codes >= 0xD800) & (codes < 0xE000)).any())
 
 
 def first_line(error: BaseException) -> str:
