@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import tomllib
 from collections import Counter, OrderedDict
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -508,7 +509,7 @@ def test_a_card_and_its_set_under_hostile_names(tmp_path):
 
 def test_words_of_records_and_sets_stay_words_in_a_benchmarks_page(tmp_path):
     """`potstill report` over records and sets with hostile names: the markup is that of harmless ones."""
-    for i, evil in enumerate(HOSTILE):
+    for i, evil in enumerate(" ".join(HOSTILE[k::3]) for k in range(3)):
         pages = []
         for kind, word in (("plain", "a name"), ("hostile", evil)):
             root = tmp_path / f"{kind}{i}"
@@ -536,6 +537,20 @@ def test_words_of_records_and_sets_stay_words_in_a_benchmarks_page(tmp_path):
         assert [len(re.findall(r"(?<!\\)\|", line)) for line in lines[0].splitlines()] == [
             len(re.findall(r"(?<!\\)\|", line)) for line in lines[1].splitlines()
         ]
+
+
+# --- what is installed
+
+
+def test_the_lock_file_has_every_dependency_with_hashes_and_names_no_place():
+    home = Path(__file__).parent.parent
+    lock = (home / "requirements.lock").read_text()
+    project = tomllib.loads((home / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {re.match(r"[\w-]+", line)[0].lower() for line in wanted}
+    entries = dict(re.findall(r"^([\w-]+)==\S+((?:.*\\\n)+)", lock, re.MULTILINE))
+    assert names - set(entries) == set() and lock.count("--hash=sha256:") > len(entries)
+    assert not re.search(r"https?://|file:|--(extra-)?index-url|--find-links|/(home|root|tmp|opt|work)/", lock)
 
 
 # --- paths

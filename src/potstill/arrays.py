@@ -66,11 +66,22 @@ def as_labels(y: Any, what: str, n: int) -> np.ndarray:
         array = array[:, 0]
     if array.dtype.kind == "f" and np.isfinite(array).all() and (array == np.round(array)).all():
         array = array.astype(np.int64)
+    if array.dtype.kind == "U" and not _is_text(array):
+        raise PotstillError(f"{what} has a text with characters that are none")
     if array.ndim != 1 or array.dtype.kind not in "iuUSb":
         raise PotstillError(f"{what} has shape {array.shape} and type {array.dtype}; one class per sample is needed")
     if len(array) != n:
         raise PotstillError(f"{what} has {len(array)} labels for {n} samples")
     return array
+
+
+def _is_text(array: np.ndarray) -> bool:
+    """Whether texts in an array, which a file may have put there as numbers, are text that can be written."""
+    if not array.size or not array.dtype.itemsize:
+        return True
+    codes = np.frombuffer(array.tobytes(), array.dtype.newbyteorder("=").str[0] + "u4")
+    codes = codes if array.dtype.isnative else codes.byteswap()
+    return bool((codes < 0x110000).all() and not ((codes >= 0xD800) & (codes < 0xE000)).any())
 
 
 def first_line(error: BaseException) -> str:

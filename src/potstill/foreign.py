@@ -202,17 +202,18 @@ def _npz(file: Path) -> tuple[list[tuple[Any, Any]], Tensor | None, str | None]:
             wanted = [x, y, *(n for n in ("lr", "normalisation") if n in names)]
             check_arrays(handle, wanted)
             arrays = {n: found[n] for n in wanted}
+            own = str(arrays["normalisation"]).encode().decode() if "normalisation" in arrays else None
     except PotstillError:
         raise
     except Exception as error:  # whatever a damaged file makes the reader raise
         raise PotstillError(
             f"{file} is not a whole .npz of plain arrays ({type(error).__name__}: {first_line(error)})"
         ) from error
-    rate, stated = arrays.get("lr"), arrays.get("normalisation")
+    rate = arrays.get("lr")
     if rate is not None and (rate.dtype.kind != "f" or rate.ndim > 1 or not rate.size):
         raise PotstillError(f"{file} has a learning rate (lr) that is not one number, nor one for each step")
     lr = None if rate is None else torch.from_numpy(rate.astype("float32"))
-    return [(arrays[x], arrays[y])], lr, None if stated is None else str(stated)
+    return [(arrays[x], arrays[y])], lr, own
 
 
 def _pt(file: Path) -> list[tuple[Any, Any]]:

@@ -215,7 +215,7 @@ def text(rng: Random, whole: bytes, samples: list[bytes]) -> bytes:
         plain = mutate.tree(rng, tomllib.loads(whole.decode()), raw=False)
         try:
             return tomli_w.dumps(plain).encode("utf-8", "surrogatepass")
-        except (TypeError, ValueError, AttributeError):  # what TOML cannot say, such as nothing
+        except (TypeError, ValueError, AttributeError, RecursionError):  # what TOML cannot say, such as nothing
             return repr(plain).encode("utf-8", "surrogatepass")
     lines = whole.split(b"\n")
     if act < 0.8:
