@@ -51,13 +51,13 @@ def blank(classes: int, side: int, samples: int) -> Data:
 def one(cell: dict[str, Any]) -> dict[str, Any]:
     """A cell, in this process."""
     torch.set_num_threads(cell["threads"])
-    keep_memory()
     settings: dict[str, Any] = {"objective.real": cell["uniform"] if cell["method"] == "frepo" else cell["real"]}
     if cell["method"] == "dc":
         settings["source.epochs"] = 0
     row = CostRow(cell["method"], "blank", cell["ipc"], network=cell["network"], preset="small", repeats=cell["repeats"], settings=settings)  # fmt: skip
     small = replace(row, ipc=1, network="convnet-w4", repeats=1, settings={**settings, "objective.real": 1})
     measure(small, blank(2, 8, 100), False, "fp32")  # modules that a first step loads are no part of a cell's memory
+    keep_memory()
     try:
         data = blank(cell["classes"], cell["side"], cell["samples"])
         return measure(row, data, cell["compile"], "fp32", keep=lambda found: print(json.dumps(found), flush=True))
@@ -137,7 +137,7 @@ def main() -> None:
         if record[name] != fresh[name]:
             parser.error(f"{file} has cells with another {name}: {record[name]}")
     file.parent.mkdir(parents=True, exist_ok=True)
-    begin, known = time.monotonic(), {}
+    begin, known = time.monotonic(), dict[str, dict[str, Any]]()
     for method, axes in CELLS.items():
         for axis, points in axes.items():
             if args.only and not {method, f"{method}/{axis}"} & set(args.only.split(",")):

@@ -219,7 +219,7 @@ def whole_epoch(asked: Asked, ours: bool) -> Side:
     """Steps of protocol `whole` on some of Fashion-MNIST: compiled, or a plain loop over a module in fp32."""
     data, protocol = _grey(asked), replace(PROTOCOLS["whole"], epochs=1, steps=0)
     few = data.train[slice(0, asked.scale.whole)]
-    facts = {"samples": len(few), "batch": protocol.batch}
+    facts: dict[str, Any] = {"samples": len(few), "batch": protocol.batch}
     if ours:
         net, exact = _network(asked.scale.network, data)
         trainer = Trainer(net, protocol, data.task, asked.compile, "cpu")

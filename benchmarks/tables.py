@@ -145,7 +145,9 @@ def exponents(cells: Sequence[Mapping[str, Any]], axis: str) -> tuple[float | No
         return None, None
     a, b = cells[-2:]
     x = math.log(b["at"] / a["at"]) * (2 if axis == "side" else 1)
-    return math.log(b["step_seconds"] / a["step_seconds"]) / x, math.log(max(grown(b), 1) / max(grown(a), 1)) / x
+    told = min(grown(a), grown(b)) > MIB  # less than what an allocator keeps ready says nothing
+    memory = math.log(grown(b) / grown(a)) / x if told else None
+    return math.log(b["step_seconds"] / a["step_seconds"]) / x, memory
 
 
 def growth_plot(record: Mapping[str, Any]) -> list[str]:

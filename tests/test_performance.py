@@ -56,7 +56,7 @@ def test_exponents_are_those_of_the_last_two_points(tables):
     def cell(axis, at, seconds, mib, status="done"):
         return {"method": "dm", "axis": axis, "at": at, "status": status, "step_seconds": seconds, "peak_bytes": mib * 2**20, "baseline_bytes": 0}  # fmt: skip
 
-    made = [cell("ipc", 1, 5.0, 7), cell("ipc", 10, 1.0, 1), cell("ipc", 100, 100.0, 10), cell("side", 8, 1.0, 4), cell("side", 16, 4.0, 8)]  # fmt: skip
+    made = [cell("ipc", 1, 5.0, 7), cell("ipc", 10, 1.0, 2), cell("ipc", 100, 100.0, 20), cell("side", 8, 1.0, 4), cell("side", 16, 4.0, 8)]  # fmt: skip
     made.append({**cell("side", 32, 0, 0, "out of time"), "reason": "longer"})
     lines = tables.growth_table({"cells": {str(i): c for i, c in enumerate(made)}})
     assert cells_of(lines[2])[3:] == ["2.00", "1.00"]
