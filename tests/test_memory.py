@@ -166,7 +166,7 @@ def test_the_most_samples_that_a_budget_allows(takes, budget_):
     rows, estimate = choose(trial, budget_, 90)
     assert estimate == takes(rows) <= budget_  # what is promised was measured, and fits
     assert all(takes(r) <= budget_ for r in tried if r > FIRST)
-    assert rows == MOST or takes(2 * rows) * budget.ROOM > budget_
+    assert rows == MOST or budget.ROOM * (90 + 2 * (takes(rows) - 90)) > budget_ or rows < FIRST
     assert len(tried) <= 6
 
 

@@ -33,7 +33,8 @@ from .synthetic import Synthetic, pick
 from .training import PROTOCOLS, Trainer
 from .unroll import state_bytes
 
-MOST = 256  # samples in a pass: more is not quicker on a CPU
+SIZES = tuple(2**i for i in range(9))
+MOST = SIZES[-1]  # samples in a pass: more is not quicker on a CPU
 FIRST = 4  # samples in the first trial
 BLOCKS = 2  # of groups in a trial: the others take no more
 STEPS = 3  # of an unroll in a trial: the others add a state each
@@ -72,8 +73,9 @@ class TooLittle(Exception):
 def choose(trial: Callable[[int], int], budget: int, base: int) -> tuple[int, int]:
     """The most samples in a pass, a power of two, that a budget allows, and what a trial with them took.
 
-    Trials begin small. Memory grows at most in proportion to the samples beyond what is there anyway, and from two trials
-    on about as between them; a trial is made only where what is then expected fits.
+    Trials begin small. Beyond what is there anyway, memory grows at most in proportion to the samples; a larger trial is made
+    only where that much fits. So no trial takes more than the budget but perhaps the first, and at least about half of what
+    the budget leaves is made use of, unless `MOST` needs less.
 
     Args:
         trial: Samples in a pass to the bytes that are taken at most.
@@ -95,23 +97,16 @@ def choose(trial: Callable[[int], int], budget: int, base: int) -> tuple[int, in
         took[2] = trial(2)
         best = max(r for r in (1, 2) if took[r] <= budget)
         return best, took[best]
-    best, top = FIRST, MOST
+    best = FIRST
     while True:
-        below = [r for r in took if r < best]
-        slope = (took[best] - took[max(below)]) / (best - max(below)) if below else (took[best] - base) / best
-        wanted = [
-            r
-            for r in (2**i for i in range(MOST.bit_length()))
-            if best < r <= top and ROOM * (took[best] + max(slope, 0) * (r - best)) <= budget
-        ]
+        each = max(took[best] - base, 0) / best
+        wanted = [r for r in SIZES if r > best and ROOM * (base + each * r) <= budget]
         if not wanted:
             return best, took[best]
-        rows = max(wanted)
-        took[rows] = trial(rows)
-        if took[rows] <= budget:
-            best = rows
-        else:
-            top = rows // 2
+        took[max(wanted)] = trial(max(wanted))
+        if took[max(wanted)] > budget:
+            return best, took[best]
+        best = max(wanted)
 
 
 class Budget:

@@ -68,16 +68,31 @@ class Standardise:
         """Mean and standard deviation of inputs (N, C, H, W) or (N, F), exact, without a copy of them in float."""
         trailing = raw.ndim - 2
         axes = [0, *range(2, raw.ndim)]
+        rows = min(PART, max(1, NUMBERS // math.prod(raw.shape[1:])))
+        count = raw.numel() // raw.shape[1]
+        if raw.dtype == torch.uint8:  # whole numbers: exact, and quicker
+            sums, squares = torch.zeros(2, raw.shape[1], dtype=torch.int64)
+            for part in raw.split(rows):
+                sums += part.sum(axes, dtype=torch.int64)
+                squares += part.int().square_().sum(axes, dtype=torch.int64)
+            pairs = [(s, q) for s, q in zip(sums.tolist(), squares.tolist(), strict=True)]
+            mean = torch.tensor([s / count / scale for s, _ in pairs], dtype=torch.float64)
+            std = torch.tensor([math.sqrt(count * q - s * s) / count / scale for s, q in pairs], dtype=torch.float64)
+            return cls._rounded(mean, std, trailing)
         # float64 sums of differences from one value of the channel: nothing cancels, and a constant gives exactly 0
         first = raw[:1].flatten(2)[:, :, :1].double() if trailing else raw[:1].double()
         first = first.view(1, -1, *(1,) * trailing)
-        total, square, count = 0.0, 0.0, raw.numel() // raw.shape[1]
-        for part in raw.split(min(PART, max(1, NUMBERS // math.prod(raw.shape[1:])))):
-            part = (part.double() - first) / scale
+        total, square = 0.0, 0.0
+        for part in raw.split(rows):
+            part = part.double().sub_(first).div_(scale)
             total, square = total + part.sum(axes), square + part.square().sum(axes)
         shift = torch.as_tensor(total / count)
         std = (torch.as_tensor(square / count) - shift.square()).clamp(min=0).sqrt()
-        mean = shift + first.flatten() / scale
+        return cls._rounded(shift + first.flatten() / scale, std, trailing)
+
+    @classmethod
+    def _rounded(cls, mean: Tensor, std: Tensor, trailing: int) -> Standardise:
+        """Of as many digits as are worth writing down."""
         std = torch.where(std > 1e-6 * mean.abs(), std, torch.ones_like(std))  # less is the rounding of float32
         places = [max(6, 4 - math.floor(math.log10(v))) for v in std.tolist()]  # small units keep their digits
         means, stds = (tuple(map(round, column.tolist(), places)) for column in (mean, std))
