@@ -203,11 +203,11 @@ def main() -> int:
     ):
         assert module  # imported here, so that no child need import it
     draw, begin = random.Random(args.seed), time.monotonic()
-    room = Path(tempfile.mkdtemp(prefix="potstill-kill-"))
-    os.environ["POTSTILL_CACHE"] = str(room / "cache")
     threads = [Path(f"/proc/self/task/{t}/comm").read_text().strip() for t in os.listdir("/proc/self/task")]
     if len([t for t in threads if t != "jemalloc_bg_thd"]) > 1:  # that one, of pyarrow's, knows how to be forked
         raise SystemExit(f"this process has threads already, and cannot be forked: {', '.join(threads)}")
+    room = Path(tempfile.mkdtemp(prefix="potstill-kill-"))
+    os.environ["POTSTILL_CACHE"] = str(room / "cache")
     log, told = room / "log", {"kills": 0, "runs": 0, "files_read": 0, "half_written_left": 0}
     try:
         finish(command(args.what, room, "warm"), log)

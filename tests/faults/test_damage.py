@@ -46,6 +46,7 @@ def test_of_a_checkpoint_that_is_damaged_anywhere_the_one_before_is_used_and_it_
         assert len(said) == 1 and "\n" not in said[0] and "is damaged" in said[0], what
         assert said[0].endswith("the one before it is used")
         assert (cut / sealed.CHECKPOINT).read_bytes() == before and not (cut / sealed.BEFORE).exists()
+    print(f"checkpoint: {len(cases)} damages")  # for docs/reliability.md
     assert len(cases) > 120
 
 
@@ -133,7 +134,7 @@ def test_wherever_a_write_ends_there_is_a_checkpoint_that_is_whole(tmp_path, mon
             assert "No space left" in str(error)
             assert found() == 1
             assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
-            if "replace" not in calls[: k + 1]:
+            if calls[k] in ("fsync", "chmod", "link"):  # the new one is not whole yet, or nothing is in its new place
                 assert everything(tmp_path) == before, f"failed at {calls[k]}, and the one before is gone"
         else:
             assert found() == 2

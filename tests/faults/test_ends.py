@@ -258,6 +258,7 @@ def test_each_write_in_turn_fails_and_nothing_is_lost(tmp_path, make):
         make(out, resume=True, **options)
         assert bytes_of(out) == wanted, f"write {k}"
         k += 1
+    print(f"{make.__name__}: {k} writes failed in turn")  # for docs/reliability.md
     names = (
         "set.safetensors",
         "snapshots.safetensors",
@@ -303,6 +304,7 @@ def test_each_write_of_a_benchmark_in_turn_fails_and_nothing_is_lost(tmp_path, m
             read_whole(file)
         assert cell(out) == wanted
         k += 1
+    print(f"benchmark: {k} writes failed in turn")
     assert fates[-1] == "done" and {"failed", "stopped"} <= set(fates) and k > 6
 
 
