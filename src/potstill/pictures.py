@@ -255,7 +255,7 @@ def _fill(
         place = np.empty(count, dtype=np.int64)
         place[rows] = np.arange(count)
         out = _opened(folder / f"{split}-inputs.npy", (count, *first.shape))
-        done = os.open(folder / f"{split}-done", os.O_RDWR | os.O_CREAT)  # the hash of each CHUNK of decoded pictures
+        done = os.open(folder / f"{split}-done", os.O_RDWR | os.O_CREAT, 0o666)  # the hash of each CHUNK of decoded pictures
 
         def work(
             start: int,
