@@ -132,7 +132,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="of each method (default: 1)")
     parser.add_argument("--work", type=Path, help="keep pictures and cache there, and use what is there")
     parser.add_argument("--network", default="convnet-w8", help="(default: convnet-w8)")
-    parser.add_argument("--real", type=int, default=32, help="real samples of a class for DM (default: 32)")
+    parser.add_argument(
+        "--real",
+        type=int,
+        default=16,
+        help="real samples, of a class for DM, twice as many in all for FRePo (default: 16)",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     budget = size_of(args.memory)
@@ -146,7 +151,10 @@ def main() -> None:
             source = str(folder / "pictures")
         else:
             source = thousand(folder / "thousand.npy")
-        for method, own in (("dm", {"objective.real": args.real}), ("frepo", {"source.size": 2})):
+        for method, own in (
+            ("dm", {"objective.real": args.real}),
+            ("frepo", {"objective.real": 2 * args.real, "source.size": 2}),
+        ):
             under(
                 budget, method, distilled, source, method, args.memory, args.steps, folder / method, args.network, own
             )
