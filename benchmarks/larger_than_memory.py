@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def under(budget: int, title: str, work: Callable[..., None], *args: Any) -> Non
 
 
 def pictures(root: Path, size: int) -> None:
-    """Four classes whose pictures are `size` bytes when decoded."""
+    """Four classes whose pictures are `size` bytes when decoded, unless they are there."""
+    if root.exists():
+        return
     many = -(-size // (SIZE * SIZE * 3) // 4)
     made: list[Path] = []
     rng = np.random.default_rng(0)
@@ -99,7 +102,7 @@ def distilled(
     torch.set_num_threads(1)
     options: dict[str, Any] = {"looks": 0, **settings}
     loop.distill(
-        source, method, steps=steps, preset="small", network=network, settings=options, memory=memory, out=out, evaluate=False,
+        source, method, steps=steps, preset="small", network=network, settings=options, memory=memory, out=out, evaluate=False, force=True,
         holdout=0.1 if isinstance(source, str) else 0.0, say=lambda line: print(f"  {line}", flush=True),
     )  # fmt: skip
 
@@ -127,13 +130,18 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=6.1, help="decoded, of `folder` (default: 6.1)")
     parser.add_argument("--memory", default="2GiB", help="budget (default: 2GiB)")
     parser.add_argument("--steps", type=int, default=1, help="of each method (default: 1)")
-    parser.add_argument("--work", type=Path, help="where the pictures and the cache lie for the time being")
+    parser.add_argument("--work", type=Path, help="keep pictures and cache there, and use what is there")
     parser.add_argument("--network", default="convnet-w8", help="(default: convnet-w8)")
-    parser.add_argument("--real", type=int, default=32, help="real samples of a class for DM (default: 32)")
+    parser.add_argument(
+        "--real",
+        type=int,
+        default=16,
+        help="real samples, of a class for DM, twice as many in all for FRePo (default: 16)",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     budget = size_of(args.memory)
-    with tempfile.TemporaryDirectory(dir=args.work) as temporary:
+    with nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["POTSTILL_CACHE"] = str(folder / "cache")
         source: str | Data
@@ -143,7 +151,10 @@ def main() -> None:
             source = str(folder / "pictures")
         else:
             source = thousand(folder / "thousand.npy")
-        for method, own in (("dm", {"objective.real": args.real}), ("frepo", {"source.size": 2})):
+        for method, own in (
+            ("dm", {"objective.real": args.real}),
+            ("frepo", {"objective.real": 2 * args.real, "source.size": 2}),
+        ):
             under(
                 budget, method, distilled, source, method, args.memory, args.steps, folder / method, args.network, own
             )

@@ -39,6 +39,7 @@ FIRST = 4  # samples in the first trial
 BLOCKS = 2  # of groups in a trial: the others take no more
 STEPS = 3  # of an unroll in a trial: the others add a state each
 SCORED = 500  # samples that are scored in a trial
+STRIDE = 4
 ROOM = 1.05  # what is expected of a trial must leave so much of the budget
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
@@ -73,9 +74,9 @@ class TooLittle(Exception):
 def choose(trial: Callable[[int], int], budget: int, base: int) -> tuple[int, int]:
     """The most samples in a pass, a power of two, that a budget allows, and what a trial with them took.
 
-    Trials begin small. Beyond what is there anyway, memory grows at most in proportion to the samples; a larger trial is made
-    only where that much fits. So no trial takes more than the budget but perhaps the first, and at least about half of what
-    the budget leaves is made use of, unless `MOST` needs less.
+    Trials begin small. Beyond what is there anyway, memory grows at most in proportion to the samples: where that much fits, a
+    trial is made at once. Else one of up to `STRIDE` times as many is made where growth as between the last two fits; if it takes
+    more than the budget after all, it is not taken.
 
     Args:
         trial: Samples in a pass to the bytes that are taken at most.
@@ -86,7 +87,7 @@ def choose(trial: Callable[[int], int], budget: int, base: int) -> tuple[int, in
         TooLittle: One sample in a pass takes more.
 
     Example:
-        >>> choose(lambda rows: 100 + 10 * rows, 500, 100)
+        >>> choose(lambda rows: 100 + 10 * rows, 500, 50)
         (32, 420)
     """
     took = {FIRST: trial(FIRST)}
@@ -97,16 +98,30 @@ def choose(trial: Callable[[int], int], budget: int, base: int) -> tuple[int, in
         took[2] = trial(2)
         best = max(r for r in (1, 2) if took[r] <= budget)
         return best, took[best]
-    best = FIRST
+    best, top = FIRST, MOST
     while True:
-        each = max(took[best] - base, 0) / best
-        wanted = [r for r in SIZES if r > best and ROOM * (base + each * r) <= budget]
-        if not wanted:
+        most = max(took[best] - base, 0) / best
+        below = [r for r in took if r < best]
+        slope = max(took[best] - took[max(below)], 0) / (best - max(below)) if below else math.inf
+        wanted = [
+            r
+            for r in SIZES
+            if best < r <= top
+            and (
+                ROOM * (base + most * r) <= budget
+                or (r <= STRIDE * best and ROOM * (took[best] + slope * (r - best)) <= budget)
+            )
+        ]
+        if not wanted and not below:
+            took[1] = trial(1)
+        elif not wanted:
             return best, took[best]
-        took[max(wanted)] = trial(max(wanted))
-        if took[max(wanted)] > budget:
-            return best, took[best]
-        best = max(wanted)
+        else:
+            took[max(wanted)] = trial(max(wanted))
+            if took[max(wanted)] <= budget:
+                best = max(wanted)
+            else:
+                top = max(wanted) // 2
 
 
 class Budget:

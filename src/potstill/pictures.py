@@ -213,13 +213,15 @@ def _alone(work: Path) -> Iterator[Path]:
 
 def _begun(work: Path) -> bool:
     """Whether pictures have been decoded into a folder."""
-    return any(any(file.read_bytes()) for file in work.glob("*-done"))
+    with suppress(OSError, ValueError):
+        return any(np.load(file).any() for file in work.glob("*-done.npy"))
+    return False
 
 
-def _opened(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _opened(file: Path, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     """A file of bytes in this shape, mapped: the one that is there, if it is such a one."""
     with suppress(OSError, ValueError):
-        found: np.ndarray = np.lib.format.open_memmap(file, mode="r+")
+        found = np.lib.format.open_memmap(file, mode="r+")
         if found.shape == shape and found.dtype == np.uint8:
             return found
     return np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
@@ -258,7 +260,7 @@ def _fill(
         place = np.empty(count, dtype=np.int64)
         place[rows] = np.arange(count)
         out = _opened(folder / f"{split}-inputs.npy", (count, *first.shape))
-        done = os.open(folder / f"{split}-done", os.O_RDWR | os.O_CREAT)  # the hash of each CHUNK of decoded pictures
+        done = _opened(folder / f"{split}-done.npy", (-(-count // CHUNK), MARK))  # hashes of decoded pictures
 
         def work(
             start: int,
@@ -266,14 +268,13 @@ def _fill(
             out: np.ndarray = out,
             place: np.ndarray = place,
             n: int = count,
-            done: int = done,
+            done: np.ndarray = done,
         ) -> None:
-            stop, at = min(start + CHUNK, n), start // CHUNK * MARK
-            before, mark = os.pread(done, MARK, at), hashlib.blake2b(digest_size=MARK)
-            if any(before):
+            stop, known, mark = min(start + CHUNK, n), done[start // CHUNK], hashlib.blake2b(digest_size=MARK)
+            if known.any():
                 for i in range(start, stop):
-                    mark.update(out[place[i]])
-                if mark.digest() == before:
+                    mark.update(out[place[i]].data)
+                if mark.digest() == known.tobytes():
                     return
                 mark = hashlib.blake2b(digest_size=MARK)
             for i, (name, content) in enumerate(pictures.batch(start, stop), start):
@@ -283,8 +284,8 @@ def _fill(
                         f"{name} is {said(array)}, {first_name} is {said(first)}; all pictures must be equal in both"
                     )
                 out[place[i]] = array
-                mark.update(np.ascontiguousarray(array))
-            os.pwrite(done, mark.digest(), at)
+                mark.update(np.ascontiguousarray(array).data)
+            known[:] = np.frombuffer(mark.digest(), np.uint8)
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
             jobs = [pool.submit(work, start) for start in range(0, count, CHUNK)]
@@ -293,7 +294,6 @@ def _fill(
                     job.result()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
-                os.close(done)
         out.flush()
         np.save(folder / f"{split}-labels.npy", pictures.labels[rows].astype(np.int64))
         arrays += [out, np.load(folder / f"{split}-labels.npy")]
@@ -302,8 +302,8 @@ def _fill(
         "sizes": [(folder / f).stat().st_size for f in FILES],
     }
     (folder / "known.json").write_text(json.dumps(info))
-    for done in folder.glob("*-done"):
-        done.unlink()
+    for hashes in folder.glob("*-done.npy"):
+        hashes.unlink()
     for name in (*FILES, "known.json"):
         with (folder / name).open("rb+") as handle:
             os.fsync(handle.fileno())
