@@ -309,10 +309,10 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
 def test_a_full_disk_is_one_line_and_what_was_there_is_good(tmp_path, monkeypatch, kept):
     whole = experts.records.write_whole
 
-    def full(path, content):
+    def full(path, content, **options):
         if path.name == "expert-001.safetensors":
             raise Unwritable("expert-001.safetensors cannot be written (No space left on device)")
-        whole(path, content)
+        whole(path, content, **options)
 
     monkeypatch.setattr(experts.records, "write_whole", full)
     assert "No space left" in refused(make, tmp_path / "e", error=Unwritable)

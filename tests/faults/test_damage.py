@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import Bar, bytes_of, copy, damages, everything, flipped, interrupt, record, run, short  # noqa: F401
+from toyruns import Bar, bytes_of, copy, damages, everything, flipped, interrupt, record, run, short  # noqa: F401
 
 import potstill
 from potstill import checkpoint, sealed

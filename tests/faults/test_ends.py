@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from common import Bar, bytes_of, everything, interrupt, record, run, save_npz, short  # noqa: F401
 from kill import read_whole
+from toyruns import Bar, bytes_of, everything, interrupt, record, run, save_npz, short  # noqa: F401
 
 from potstill import cli, outputs, recorder, records, sealed
 from potstill.bench import Bench

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from common import bytes_of, everything, record, run, save_npz, short  # noqa: F401
 from PIL import Image
+from toyruns import bytes_of, everything, record, run, save_npz, short  # noqa: F401
 
 import potstill
 from potstill import recorder, still
