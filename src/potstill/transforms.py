@@ -288,7 +288,8 @@ def build(said: dict[str, Any], matrix: Tensor | None = None) -> Transform:
     if kind == "none":
         return Nothing()
     columns = [torch.as_tensor(said[k], dtype=torch.float32) for k in ("mean", "std")]
-    if not all(c.ndim == 1 and c.isfinite().all() for c in columns) or not columns[1].all():
+    sound = all(c.ndim == 1 and c.isfinite().all() for c in columns) and type(said["trailing"]) is int
+    if not sound or not columns[1].all():
         raise PotstillError("the mean and standard deviation of this set are no rows of numbers, or one divides by 0")
     plain = Standardise(tuple(said["mean"]), tuple(said["std"]), said["trailing"])
     if kind == "standardise":
