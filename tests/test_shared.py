@@ -50,7 +50,7 @@ protocol = "dc"
 repeats = 1
 """
 FIRST, *OTHERS = "digits/dm/1", "digits/random/1", "digits/herding/1"
-LONG = 300  # seconds that no wait reaches, however slow the machine
+LONG = 800  # seconds that no wait reaches, however slow the machine
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,7 @@ PRIVATE = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",  # no file in the user's home
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 stays what it is
+    "RAY_worker_register_timeout_seconds": "600",
     "RAY_worker_niceness": "0",  # on a busy machine the usual 15 starves a test
 }
 
