@@ -50,7 +50,7 @@ protocol = "dc"
 repeats = 1
 """
 FIRST, *OTHERS = "digits/dm/1", "digits/random/1", "digits/herding/1"
-LONG = 300  # seconds that no wait reaches, however slow the machine
+LONG = 800  # seconds that no wait reaches, however slow the machine
 
 
 @pytest.fixture(scope="module")
@@ -162,13 +162,14 @@ PRIVATE = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",  # no file in the user's home
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 stays what it is
+    "RAY_worker_register_timeout_seconds": "600",
     "RAY_worker_niceness": "0",  # on a busy machine the usual 15 starves a test
 }
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[str]:
-    """A Ray cluster of two workers on this machine, a processor each, reached from here only; its address."""
+def two_nodes() -> Iterator[tuple[str, int]]:
+    """A Ray cluster of two workers on this machine, a processor each, reached from here only: its address, its process."""
     pytest.importorskip("ray")
     with tempfile.TemporaryDirectory(
         prefix="ray", dir="/tmp", ignore_cleanup_errors=True
@@ -176,16 +177,22 @@ def two_nodes() -> Iterator[str]:
         head = subprocess.Popen([sys.executable, "-c", HEAD, place], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                 stderr=subprocess.DEVNULL, text=True, env={**os.environ, **PRIVATE})  # fmt: skip
         with head:
-            yield head.stdout.readline().strip()
+            yield head.stdout.readline().strip(), head.pid
             head.stdin.close()
 
 
-def workers(cell):
-    """The processes in which Ray runs a cell."""
+def parent(process):
+    """The process that started one."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def workers(cell, head):
+    """The processes in which a cluster of ours runs a cell."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if (process / "cmdline").read_bytes().startswith(f"ray::{cell}".encode()):
+            named = (process / "cmdline").read_bytes().startswith(f"ray::{cell}".encode())
+            if named and parent(parent(process.name)) == head:
                 found.append(int(process.name))
         except OSError:
             continue  # it has ended
@@ -195,9 +202,10 @@ def workers(cell):
 def test_a_cluster_measures_what_one_process_does_also_when_a_worker_is_killed_in_mid_cell(
     two_nodes, begin, alone, tmp_path
 ):
-    driver, said = begin("driver", "--on", f"ray:{two_nodes}", **PRIVATE)
+    address, head = two_nodes
+    driver, said = begin("driver", "--on", f"ray:{address}", **PRIVATE)
     in_mid_cell(tmp_path, driver)
-    (worker,) = workers(FIRST)
+    (worker,) = workers(FIRST, head)
     os.kill(worker, signal.SIGKILL)
     assert driver.wait(LONG) == 0, said.read_text()
     text = said.read_text()
