@@ -88,7 +88,7 @@ def plot(record: dict[str, Any], file: Path) -> None:
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "growth", "font.size": 9})
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(AXES), figsize=(11, 4.6), sharex="col", squeeze=False)
+    figure, axes = plt.subplots(2, len(AXES), figsize=(11, 4.6), sharex="col", sharey="row", squeeze=False)
     for column, (axis, words) in enumerate(AXES.items()):
         for method in CELLS:
             cells = sorted((c for c in record["cells"].values() if (c["method"], c["axis"], c["status"]) == (method, axis, DONE)), key=lambda c: c["at"])  # fmt: skip
@@ -99,6 +99,9 @@ def plot(record: dict[str, Any], file: Path) -> None:
                     power = 2 if axis == "side" else 1
                     straight = [values[-1] * (a / x[-1]) ** power for a in x]
                     axes[line, column].loglog(x, straight, color="0.7", linewidth=0.8, label="linear", zorder=0)
+        ticks = sorted({c["at"] for c in record["cells"].values() if c["axis"] == axis})
+        axes[1, column].set_xticks(ticks, [f"{t / 1e6:g}M" if t >= 1e6 else f"{t / 1e3:g}k" if t >= 1e3 else str(t) for t in ticks])  # fmt: skip
+        axes[1, column].minorticks_off()
         axes[1, column].set_xlabel(words)
     axes[0, 0].set_ylabel("seconds a step")
     axes[1, 0].set_ylabel("MiB")
