@@ -323,8 +323,8 @@ def test_a_second_process_waits_for_the_first(tmp_path):
 
 @LINUX
 def test_data_beyond_memory_stay_on_disk(tmp_path):
-    """66 MiB decoded: neither building nor a step of DM and FRePo has a third of it in anonymous memory beside the networks'."""
-    root = folder(tmp_path / "trees", 170)
+    """128 MiB decoded: neither building nor steps of DM and FRePo take as much, networks and workspaces included."""
+    root = folder(tmp_path / "trees", 340)
 
     def grown():
         with Anonymous() as seen:
@@ -345,4 +345,4 @@ def test_data_beyond_memory_stay_on_disk(tmp_path):
     assert beside(grown) == 0
     size, built, stepped = json.loads((tmp_path / "log").read_text())
     assert size > pictures.MAPPED
-    assert built < size / 2 and stepped < size / 2, (built / MIB, stepped / MIB)
+    assert built < 0.6 * size and stepped < 0.9 * size, (built / MIB, stepped / MIB)
