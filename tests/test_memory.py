@@ -93,7 +93,7 @@ def test_a_run_in_parts_goes_as_the_whole(method):
     """Steps, training of the networks included, in float32."""
     losses = []
     for rows in (0, 3):
-        recipe = change(METHODS[method]("small", 3), {"network": "convnet-w4", "objective.real": 7})
+        recipe = change(METHODS[method]("small", 3), {"network": "convnet-w4", "objective.real": 7, "source.epochs": 1})
         still = Still(toy(), Settings(recipe, [3, 3, 3], 0, 0.0, 8, "cpu", False, "fp32", 1, rows))
         now = still.fresh()
         for step in range(3):
