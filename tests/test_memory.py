@@ -190,7 +190,7 @@ def test_what_cannot_fit_is_refused_in_one_line(tmp_path, capsys, monkeypatch, o
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     if "10.0 GiB" in words:
-        assert "--memory 11300MiB would do" in error
+        assert "--memory 12300MiB would do" in error
 
 
 RUN = """
