@@ -52,14 +52,15 @@ def anonymous_bytes() -> int:
 class Anonymous:
     """The most resident anonymous memory while it is entered: looked at every few milliseconds from a thread beside.
 
-    Linux only. What the system itself keeps, the most that was resident at all, serves for what lies between two looks.
+    Linux only. What the system itself keeps, the most that was resident at all, less the most of it that was of files, serves
+    for what lies between two looks.
 
     Args:
         every: Seconds between looks.
     """
 
     def __init__(self, every: float = 0.002) -> None:
-        self.peak, self._over = 0, threading.Event()
+        self.peak, self._shared, self._over = 0, 0, threading.Event()
         reset_peak()
         threading.Thread(target=_look, args=(weakref.ref(self), self._over, every), daemon=True).start()
 
@@ -69,12 +70,12 @@ class Anonymous:
     def __exit__(self, *raised: object) -> None:
         self._over.set()
         self.look()
-        unseen = peak_bytes() - _pages()[1] * resource.getpagesize()
-        self.peak = max(self.peak, unseen)
+        self.peak = max(self.peak, peak_bytes() - self._shared)
 
     def look(self) -> int:
         """The most so far."""
-        self.peak = max(self.peak, anonymous_bytes())
+        resident, shared = (pages * resource.getpagesize() for pages in _pages())
+        self.peak, self._shared = max(self.peak, resident - shared), max(self._shared, shared)
         return self.peak
 
 
