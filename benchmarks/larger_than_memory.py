@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from potstill import loop
+from potstill import distilling
 from potstill.budget import size_of
 from potstill.data import Classification, Data, Split
 from potstill.loaders import load
@@ -101,7 +101,7 @@ def distilled(
     """A run without looks and evaluation."""
     torch.set_num_threads(1)
     options: dict[str, Any] = {"looks": 0, **settings}
-    loop.distill(
+    distilling.distill(
         source, method, steps=steps, preset="small", network=network, settings=options, memory=memory, out=out, evaluate=False, force=True,
         holdout=0.1 if isinstance(source, str) else 0.0, say=lambda line: print(f"  {line}", flush=True),
     )  # fmt: skip

@@ -186,7 +186,7 @@ def test_ctrl_c_promises_only_what_there_is(capsys, monkeypatch, command, resume
     def pressed(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("potstill.loop.distill", pressed)
+    monkeypatch.setattr("potstill.distilling.distill", pressed)
     monkeypatch.setattr("potstill.evaluation.evaluate", pressed)
     assert main([command, "digits"]) == 130
     error = capsys.readouterr().err.strip()

@@ -7,8 +7,8 @@ import pytest
 
 from potstill import still
 from potstill.cli import main
+from potstill.distilling import distill
 from potstill.errors import PotstillError
-from potstill.loop import distill
 from potstill.testing import toy
 from potstill.watch import tensorboard
 

@@ -6,12 +6,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .data import Data, load_data
+    from .distilling import Run, distill
     from .errors import PotstillError, Stopped
     from .evaluation import evaluate
     from .exchange import DistilledSet, load
     from .export import export_set
     from .judge import Result
-    from .loop import Run, distill
     from .recipe import Recipe
 
 _HOMES = {

@@ -16,11 +16,11 @@ from .bench import Bench
 from .cards import record_of
 from .compiling import EAGER_FLOPS, sample_flops
 from .data import Data
+from .distilling import distill
 from .errors import PotstillError, Unwritable
 from .exchange import DistilledSet, load
 from .experts import record as record_experts
 from .judge import Judge, Result, protocol_of
-from .loop import distill
 from .networks import network as build_network
 from .objectives import ByGroup
 from .recipe import find

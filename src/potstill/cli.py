@@ -51,7 +51,7 @@ def settings_of(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _distill(args: argparse.Namespace) -> None:
     from .asking import check_named
-    from .loop import distill
+    from .distilling import distill
     from .recipe import Recipe, read
     from .watch import tensorboard
 

@@ -434,7 +434,7 @@ def test_a_lack_of_memory_anywhere_else_is_one_line(capsys, monkeypatch):
     def none(*arguments, **options):
         raise MemoryError
 
-    monkeypatch.setattr("potstill.loop.distill", none)
+    monkeypatch.setattr("potstill.distilling.distill", none)
     monkeypatch.setattr("potstill.evaluation.evaluate", none)
     for command, more in (("distill", "; the same command with --resume goes on from here"), ("evaluate", "")):
         assert main([command, "digits"]) == 1
@@ -445,6 +445,6 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch):
     def wrong(*arguments, **options):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("potstill.loop.distill", wrong)
+    monkeypatch.setattr("potstill.distilling.distill", wrong)
     with pytest.raises(RuntimeError, match="mat1"):
         main(["distill", "digits"])
