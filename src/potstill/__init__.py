@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Data": "data",
     "load_data": "data",
-    "Run": "loop",
-    "distill": "loop",
+    "Run": "distilling",
+    "distill": "distilling",
     "PotstillError": "errors",
     "Stopped": "errors",
     "Result": "judge",
