@@ -132,7 +132,7 @@ def test_two_processes_share_the_cells_and_what_one_leaves_the_other_takes_up(be
     one.send_signal(signal.SIGSTOP)
     two, answered = begin("two")
     until(lambda: begun(answered.read_text()), two)
-    _, kept = load_checkpoint(run)
+    _, kept = load_checkpoint(run, print)
     one.send_signal(signal.SIGKILL if dies else signal.SIGCONT)
     assert [two.wait(LONG), one.wait(LONG)] == [0, -signal.SIGKILL if dies else 0], answered.read_text()
     first, second = begun(said.read_text()), begun(answered.read_text())

@@ -99,10 +99,12 @@ def test_wherever_a_write_ends_there_is_a_checkpoint_that_is_whole(tmp_path, mon
     """Every step of writing fails once, as on a full disk; then both files are as they were, or one further."""
 
     def write(i):
-        sealed.write_checkpoint(tmp_path, {"x": torch.full((5,), float(i))}, {"i": i})
+        sealed.write_checkpoint(tmp_path / sealed.CHECKPOINT, {"x": torch.full((5,), float(i))}, {"i": i})
 
     def found():
-        return sealed.newest(tmp_path, lambda file: sealed.read_sealed(file, "checkpoint")[1]["i"], pytest.fail)
+        return sealed.newest(
+            tmp_path / sealed.CHECKPOINT, lambda file: sealed.read_sealed(file, "checkpoint")[1]["i"], pytest.fail
+        )
 
     real = {name: getattr(os, name) for name in ("replace", "link", "fsync", "chmod")}
     if not links:

@@ -344,7 +344,7 @@ def checkpoints(home: Path) -> Kind:
         stills[name] = (still, found)
 
     def read(folder: Path) -> None:
-        found = checkpoint.load_checkpoint(folder)
+        found = checkpoint.load_checkpoint(folder, lambda line: None)
         if found is None:
             return
         pinned, progress = found
