@@ -24,11 +24,12 @@ from potstill.asking import recipe_of
 from potstill.augment import Augment
 from potstill.checkpoint import Ask, Progress
 from potstill.data import Data
-from potstill.exchange import DistilledSet, describe_set
+from potstill.exchange import HEADER, DistilledSet, describe_set
 from potstill.experts import record
 from potstill.measure import Clock
 from potstill.methods import METHODS
 from potstill.networks import network
+from potstill.records import SEAL
 from potstill.replay import Experts
 from potstill.testing import still_for, toy
 
@@ -53,6 +54,26 @@ class Kind:
 def content(folder: Path) -> Files:
     """Every file below a folder, by name."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def bare(files: Files) -> Files:
+    """Without their checksums, as files from before there were any: a change is then met by what reads it. Whoever writes a file
+    can write its checksum, too."""
+    made = {}
+    for name, raw in files.items():
+        if name.endswith(".json"):
+            raw = json.dumps({k: v for k, v in json.loads(raw).items() if k != SEAL}).encode()
+        elif name.endswith(".safetensors"):
+            end = 8 + int.from_bytes(raw[:8], "little")
+            header = json.loads(raw[8:end])
+            plain = header.get("__metadata__", {})
+            if HEADER in plain:
+                plain[HEADER] = json.dumps({k: v for k, v in json.loads(plain[HEADER]).items() if k != SEAL})
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            raw = len(text).to_bytes(8, "little") + text + raw[end:]
+        made[name] = raw
+    return made
 
 
 def one(rng: Random, files: Files, change: Callable[[str, bytes], bytes]) -> Files:
@@ -309,7 +330,7 @@ def experts(home: Path) -> Kind:
     made = []
     for i, name in enumerate(("mlp-w4-d1", "mlp-batch-w4-d1")):
         record(data, out=home / str(i), count=1, epochs=2, network=name, compile="off", augment="none", holdout=0.0)
-        made.append(content(home / str(i)))
+        made.append(bare(content(home / str(i))))
 
     def read(folder: Path) -> None:
         found = trajectories.open_experts(folder)
@@ -340,7 +361,7 @@ def checkpoints(home: Path) -> Kind:
         clock = Clock()
         with clock.phase("loop"):
             checkpoint.save_checkpoint(home / name, still, progress, clock)
-        made.append({k: v for k, v in content(home / name).items() if k == "checkpoint.safetensors"})
+        made.append({k: v for k, v in bare(content(home / name)).items() if k == "checkpoint.safetensors"})
         stills[name] = (still, found)
 
     def read(folder: Path) -> None:
