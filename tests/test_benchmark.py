@@ -560,7 +560,7 @@ def test_the_command(root, tmp_path, short, capsys):
 
 def test_a_reason_names_no_path_of_this_machine(root, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    line = reason(PotstillError(f"no {root}/x nor {tmp_path}/y\nsecond line"))
+    line = reason(PotstillError(f"no {root}/x nor {tmp_path}/y", "second line"))
     assert line == "no $POTSTILL_DATA/x nor ~/y"
     monkeypatch.chdir(tmp_path)
     for out in (tmp_path / "results", Path("results")):
