@@ -60,8 +60,8 @@ class Double(Still):
     def _memory(self):
         return {}  # of the walk back, in mixed precision
 
-    def batch(self, index, mask):
-        return type(made := super().batch(index, mask))(*double(tuple(made)))
+    def batch(self, index, mask, later=False):
+        return type(made := super().batch(index, mask, later))(*double(tuple(made)))
 
     def inputs_of(self, now, step):
         slot, net, real, draws = super().inputs_of(now, step)

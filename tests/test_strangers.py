@@ -32,6 +32,7 @@ from potstill.exchange import HEADER, load
 from potstill.export import export_set
 from potstill.foreign import read
 from potstill.pickles import checked
+from potstill.records import read_json, write_sealed
 from potstill.zoo import cells, rows
 
 HOSTILE = [
@@ -160,7 +161,7 @@ def test_code_from_outside_is_not_run_because_a_file_names_it(tmp_path, capsys, 
     command = ["experts", data, "--count", "1", "--epochs", "4", "--network", "convnet-w4-d1", "--augment", "none"]
     assert main([*command, "--out", str(tmp_path / "experts")]) == 0
     index = tmp_path / "experts" / "experts.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "network": "evil:run"}))
+    write_sealed(index, {**read_json(index), "network": "evil:run"})  # a stranger can make a checksum, too
     capsys.readouterr()
     ask = ["distill", data, "--method", "mtt", "--experts", str(tmp_path / "experts"), "--out", str(tmp_path / "o")]
     assert main(ask) == 2
