@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from potstill import evaluation, loop, still, teacher, training  # noqa: F401
+from potstill import distilling, evaluation, still, teacher, training  # noqa: F401
 from potstill.cli import main
 
 SHAPES = {"28x28": (28, 28), "32x32x3": (3, 32, 32)}

@@ -21,7 +21,7 @@ from potstill import costs, still
 from potstill.bench import Bench
 from potstill.benchmark import Benchmark, planned, reason
 from potstill.cli import main
-from potstill.errors import PotstillError, Unwritable
+from potstill.errors import NoMemory, PotstillError, Unwritable
 from potstill.exchange import load
 from potstill.judge import Judge
 from potstill.records import digest
@@ -299,6 +299,8 @@ def test_an_unexpected_error_and_a_lack_of_memory_have_their_own_words(root, tmp
 
     work = bench_of(tmp_path, HEAD + RANDOM)
     fail(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"))
+    assert work.run(work.plan()) == {"out of memory": 1}
+    fail(NoMemory("step 3: memory has run out"))
     assert work.run(work.plan()) == {"out of memory": 1}
     fail(RuntimeError("shapes differ"))
     assert work.run(work.plan()) == {"failed": 1}

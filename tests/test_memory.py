@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from potstill import budget, load_data, pictures, split
+from potstill.blame import blame
 from potstill.budget import FIRST, MOST, TooLittle, choose, size_of
 from potstill.cli import main
 from potstill.errors import PotstillError
@@ -100,6 +101,17 @@ def test_a_run_in_parts_goes_as_the_whole(method):
             now, loss = still.step(now, step)
             losses.append(loss)
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-3) and len(set(losses[:3])) == 3
+
+
+@pytest.mark.parametrize("method", ["dm", "frepo"])
+def test_a_step_in_parts_that_is_not_finite_is_said_in_a_line(method):
+    """Nothing is named, for its pieces are not made whole; nothing fails either."""
+    data = toy()
+    recipe = change(METHODS[method]("small"), {"network": "convnet-w4", "student": "mlp-w8"})
+    still = Still(data, Settings(recipe, [1, 1, 1], 0, 0.0, 8, "cpu", False, "fp32", 1, 4))
+    now = still.fresh()
+    lost = now._replace(learned={k: v * float("nan") for k, v in now.learned.items()})
+    assert blame(still, lost, 0) == ""
 
 
 def test_rows_at_a_time_keep_less_and_are_differentiable_twice():

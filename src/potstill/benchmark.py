@@ -24,7 +24,7 @@ from .bench import Bench
 from .cells import accuracy, in_zoo, minutes
 from .compiling import PRECISIONS, check_device, choose_compile, keep_memory
 from .costs import TIME, in_own_process
-from .errors import PotstillError, Stopped, unknown
+from .errors import NoMemory, PotstillError, Stopped, unknown
 from .faults import out_of_memory
 from .judge import protocol_of
 from .records import digest, read_json, software, sweep, write_json, write_sealed
@@ -296,6 +296,8 @@ class Benchmark:
             if isinstance(cell.row, CostRow):
                 return self._cost(cell.row, record)
             return accuracy(self.bench, cell.suite, cell.row, record, file)
+        except NoMemory:
+            return {**record, "status": MEMORY, "reason": "more than this machine has"}
         except (PotstillError, Stopped) as error:
             return {**record, "status": FAILED, "reason": reason(error, self.bench.out)}
         except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, NameError, OSError,

@@ -22,6 +22,8 @@ def blame(still: Still, now: Now, step: int) -> str:
     slot, net, real, draws = still.inputs_of(now, step)
     if not finite((tuple(net.state), tuple(net.goal or ()))):
         return ": the network that it was given has weights that are not finite"
+    if still.settings.rows:
+        return ""  # whole, its pieces would not fit the run's memory
     if real is not None and not finite(tuple(real)):
         return ": the transformed data are not finite"
     with torch.no_grad():

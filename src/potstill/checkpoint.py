@@ -162,6 +162,8 @@ def _check_plain(settings: dict[str, Any], seconds: Any, progress: Progress) -> 
     whole = (settings["steps"], settings["threads"], progress.step)
     if not all(type(v) is int and v >= 0 for v in whole) or not 1 <= settings["threads"] <= 10**5:
         raise ValueError("its steps or threads are no numbers from 0 up")
+    if type(settings.get("rows", 0)) is not int or not 0 <= settings.get("rows", 0) <= 10**6:
+        raise ValueError("its rows are no number from 0 up")
     if settings["precision"] not in PRECISIONS or type(settings["compile"]) is not bool:
         raise ValueError("its precision or compile choice is none")
     if not all(isinstance(settings.get(k, ""), str) for k in ("torch", "processor", "device")):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -111,7 +113,10 @@ def on_ray(work: Benchmark, where: str) -> Iterator[Through]:
     except ImportError as error:
         raise PotstillError(f"--on {where} needs Ray ({error}); pip install 'potstill[ray]'") from error
     try:
+        before = signal.getsignal(signal.SIGTERM)
         _join(ray, address)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray puts one of its own there
         yield _Cells(ray, work, torch.get_num_threads())
     finally:
         ray.shutdown()  # with a cluster of our own; of another one, this run's workers

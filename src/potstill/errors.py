@@ -50,6 +50,10 @@ class Stopped(RuntimeError):
     """A run that ended before its last step, with everything that is good so far on disk (exit code 1)."""
 
 
+class NoMemory(Stopped):
+    """Memory has run out in the middle of something; what was done before it is good."""
+
+
 class Unwritable(PotstillError, Stopped):
     """A file that could not be written: a full disk or a place without permission. What was there is untouched."""
 

@@ -20,6 +20,7 @@ from .judge import BASELINES, Judge, Result, Say, protocol_of
 from .loaders import load_named
 from .networks import network
 from .parallel import ALONE, Group
+from .records import digest
 from .students import KERNEL, is_kernel
 from .synthetic import counts_per_group
 
@@ -153,6 +154,8 @@ def evaluate(
         for n in names:
             judge.student(n, judge.resolved(set_), set_, set_.meta.labels, False)
         work.append((set_, name, names, judge))
+    sets_seen = [digest([float(s.inputs.double().sum()), float(s.labels.double().sum())]) for s, *_ in work]
+    group.agree({"data": [judge.data.fingerprint for *_, judge in work], "sets": sets_seen})
     results = []
     for set_, name, names, judge in work:
         for n in names:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import records
+from .arrays import first_line
 from .augment import Augment
 from .compiling import EAGER_FLOPS, PRECISIONS, check_device, choose_compile, choose_precision, keep_memory
 from .data import Data, load_data
@@ -29,7 +30,7 @@ from .networks import network as build_network
 from .outputs import opened
 from .parallel import ALONE, Group
 from .recorder import Progress, Recorder
-from .sealed import CHECKPOINT, newest, read_sealed, write_checkpoint
+from .sealed import CHECKPOINT, OtherVersion, newest, read_sealed, write_checkpoint
 from .training import Protocol, Trainer
 from .trajectories import (
     FORMAT,
@@ -81,15 +82,21 @@ def load_checkpoint(
 def _read(mark: str, layouts: tuple[Layout, Layout], file: Path) -> Progress | None:
     tensors, header = read_sealed(file, "checkpoint")
     try:
+        if header["format"] != FORMAT:
+            raise OtherVersion(f"{file} was written by another version of potstill; --force starts again")
         if header["mark"] != mark:
             return None
         plain = unpack(header["now"], tensors)
         now = Progress(**{**plain, "state": State(*plain["state"])})
         if tuple(map(Layout.of, now.state)) != layouts or not now.rows:
             raise ValueError("its network is another one")
+        if not all(type(n) is int and n >= 0 for n in (now.step, now.expert)):
+            raise ValueError("its step and expert are no numbers from 0 up")
         return now
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PotstillError(f"{file} is damaged ({type(error).__name__}: {error})") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, PotstillError):
+            raise
+        raise PotstillError(f"{file} is damaged ({type(error).__name__}: {first_line(error)})") from error
 
 
 def check_same(then: dict[str, Any], now: dict[str, Any], asked: dict[str, Any], say: Callable[[str], None]) -> None:

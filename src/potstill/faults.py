@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from .errors import Stopped, Terminated
+from .errors import NoMemory, Stopped, Terminated
 
 WORDS = (
     "can't allocate memory",
@@ -37,7 +37,7 @@ def memory_said(what: str) -> Iterator[None]:
         what: What was being computed, and what is kept.
 
     Raises:
-        Stopped: Memory has run out.
+        NoMemory: Memory has run out.
     """
     try:
         yield
@@ -47,7 +47,7 @@ def memory_said(what: str) -> Iterator[None]:
         line = no_memory(error)
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
-        raise Stopped(f"{what}: {line}") from None
+        raise NoMemory(f"{what}: {line}") from None
 
 
 def no_memory(error: BaseException) -> str:

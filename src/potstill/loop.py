@@ -70,7 +70,10 @@ def run_steps(
 
     Raises:
         Stopped: The loss or S is no longer finite, or has run away; the last good state is on disk.
-        KeyboardInterrupt: As the user asked; the state is on disk.
+        KeyboardInterrupt: As the user asked; the state is on disk, where ranks have networks of their own that of the last
+            checkpoint.
+        NoMemory: A step found none; the same holds.
+        Unwritable: A checkpoint could not be written; the one before is good.
     """
     total, sharing = still.settings.steps, still.sharing
     look_at, show_at = points(total, still.settings.recipe.looks), points(total, SNAPSHOTS)
@@ -101,7 +104,8 @@ def run_steps(
         with clock.phase("loop"):
             while progress.step < total:
                 step, now = progress.at
-                with memory_said(f"step {step + 1}; the last good set, of step {step}, is kept in {out}"):
+                kept = f"the last good set, of step {step}," if sharing.mode != "networks" else "the last checkpoint"
+                with memory_said(f"step {step + 1}; {kept} is kept in {out}"):
                     after, loss = still.step(now, step)
                 first = progress.losses[: min(step, 10)]
                 ran_away = len(first) == 10 and loss > DIVERGED * float(first.abs().max())
@@ -109,8 +113,10 @@ def run_steps(
                     what = "has run away to" if ran_away else "is"
                     part = still.settings.recipe.learn[0]
                     lower = 0.1 * still.settings.recipe.optimiser[part].lr
+                    # each rank sees its own part of the step only
+                    where = next(filter(None, sharing.group.gather(blame(still, now, step))), "")
                     raise Stopped(
-                        f"step {step + 1}: the loss {what} {loss:g}{blame(still, now, step)}; the last good set, of step {step}, is kept in {out}; "
+                        f"step {step + 1}: the loss {what} {loss:g}{where}; the last good set, of step {step}, is kept in {out}; "
                         f"a lower learning rate usually helps, such as --set optimiser.{part}.lr={lower:g}"
                     )
                 progress.losses[step] = loss

@@ -19,7 +19,7 @@ from safetensors.torch import save as encode
 from torch import Tensor
 from torch import distributed as dist
 
-from .errors import PotstillError, Stopped, unknown
+from .errors import PotstillError, Stopped, Terminated, unknown
 from .exchange import pack, unpack
 from .functional import Key, Tree, leaves, tree_map
 from .launch import launched, restarts, speaks
@@ -224,7 +224,8 @@ def joined(device: str = "cpu") -> Iterator[Group]:
     except BaseException as error:
         ours = isinstance(error, PotstillError | Stopped | KeyboardInterrupt)
         if group.size > 1 and not _first_to_fail() and ours:
-            raise SystemExit(2 if isinstance(error, PotstillError) else 1) from error
+            codes = ((PotstillError, 2), (Terminated, 143), (KeyboardInterrupt, 130), (Stopped, 1))
+            raise SystemExit(next(code for kind, code in codes if isinstance(error, kind))) from error
         raise
     finally:
         if began:

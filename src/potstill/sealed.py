@@ -90,7 +90,7 @@ def newest(file: Path, read: Callable[[Path], T], say: Callable[[str], None]) ->
     except OtherVersion:
         raise
     except PotstillError as error:
-        if not before.exists():
+        if not before.exists() or isinstance(error.__cause__, OSError):  # unread is not damaged
             raise
         try:
             found = read(before)
