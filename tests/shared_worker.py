@@ -97,7 +97,7 @@ def recipe_for(name, given):
 
 def made(recipe, mode, group, kind=Double):
     data = toy(sizes=(12, 9, 1))
-    settings = Settings(recipe, [1, 2, 1], 0, 0.0, 8, "cpu", False, "fp32", 1, mode, group.size)
+    settings = Settings(recipe, [1, 2, 1], 0, 0.0, 8, "cpu", False, "fp32", 1, parallel=mode, ranks=group.size)
     return kind(data, settings, group=group)
 
 
