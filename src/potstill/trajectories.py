@@ -249,7 +249,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         texts = all(isinstance(meta[k], str) for k in ("network", "data", "fingerprint", "transform_digest"))
         dtypes = all(isinstance(getattr(torch, d, None), torch.dtype) for x in layouts for _, _, d in x.parts)
         rows = all(len(e["rows"]) == len(e["heldout_accuracy"] or e["rows"]) == epochs + 1 for e in meta["experts"])
-        numbers = float(meta["holdout"]) >= 0 <= int(meta["heldout"]) and epochs >= 1 and layouts[0].size >= 1
+        typed = type(meta["epochs"]) is type(meta["heldout"]) is int and type(meta["holdout"]) in (int, float)
+        numbers = typed and meta["holdout"] >= 0 <= meta["heldout"] and epochs >= 1 and layouts[0].size >= 1
         if not (texts and dtypes and rows and numbers and meta["transform"]["name"]):
             raise ValueError("its parts do not fit each other")
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
