@@ -175,6 +175,8 @@ def from_dict(plain: Mapping[str, Any], like: Recipe | None = None) -> Recipe:
     Raises:
         PotstillError: A field that does not exist (with the nearest ones), or a value of another type.
     """
+    if not isinstance(plain, Mapping):
+        raise PotstillError(f"a recipe is a table of fields, not {plain!r}")
     parts = dict(plain)
     for name, table in _KINDS.items():
         if name in parts:
