@@ -16,7 +16,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -65,10 +64,9 @@ ROWS = {
     "whole-epoch": Row("ten steps on all of Fashion-MNIST", "plain", {"steps": (2.0, 4.0)}),
     "dd": Row("DD step, T = 20", "plain", {"step": (1.2, 1.8), "memory": (4.0, 4.0)}, limit_seconds=300.0),
     "mtt": Row("MTT step, T = 20", "plain", {"step": (1.2, 1.8), "memory": (4.0, 4.0)}, limit_seconds=300.0),
-    "to-0.70": Row("Fashion-MNIST, 1 image per class, to 0.70, DM", "", {"seconds": (90.0, 45.0)}, limit_seconds=900.0),
     "whole-run": Row("all of Fashion-MNIST by protocol whole, once", "", {"accuracy": (0.93, 0.93)}, False, 7200.0),
 }
-ONCE = ("to-0.70", "whole-run")
+ONCE = ("whole-run",)
 
 
 class Process:
@@ -153,25 +151,6 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def to_goal(args: argparse.Namespace) -> dict[str, Any]:
-    """The row of `time_to.py`, run as it stands."""
-    load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "to.json"
-        command = [sys.executable, str(HERE / "time_to.py"), "dm", "--threads", str(args.threads), "--json", str(file)]
-        if args.scale == "toy":
-            small = ["--set", "network=convnet-w4", "--set", "student=convnet-w4", "--set", "objective.real=8", "--set", "protocol=dc"]  # fmt: skip
-            command += ["--data", "digits", *small, "--seconds", "0.2", "--goal", "0.1", "--repeats", "1", "--compile", "off"]  # fmt: skip
-        else:
-            command += ["--seconds", "15,30,45,60,90"]
-        env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-        subprocess.run(command, check=True, env=env, timeout=ROWS["to-0.70"].limit_seconds)
-        run = read_json(file)
-    row = ROWS["to-0.70"]
-    loads = [round(load, 2), round(os.getloadavg()[0], 2)]
-    return {"title": row.title, "other": "", "bars": {k: list(v) for k, v in row.bars.items()}, "load": loads, "run": run}  # fmt: skip
-
-
 def prepare(names: Sequence[str], args: argparse.Namespace) -> None:
     """Compile what is ours in each row."""
     for name in names:
@@ -228,7 +207,7 @@ def main() -> None:
             print(f"{name}: left for another time", flush=True)
             continue
         try:
-            found = to_goal(args) if name == "to-0.70" else measure(name, args)
+            found = measure(name, args)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             print(f"{name}: failed: {error}", file=sys.stderr, flush=True)
             failed.append(name)

@@ -105,7 +105,8 @@ def plot(record: dict[str, Any], file: Path) -> None:
         axes[1, column].set_xlabel(words)
     axes[0, 0].set_ylabel("seconds a step")
     axes[1, 0].set_ylabel("MiB")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    shown = sorted(zip(*axes[0, 0].get_legend_handles_labels(), strict=True), key=lambda pair: pair[1] == "linear")
+    axes[0, 0].legend(*zip(*shown, strict=True), frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, pstdev
 from typing import Any
 
 from potstill.errors import PotstillError
@@ -102,20 +102,37 @@ def features_table(record: Mapping[str, Any]) -> list[str]:
 
 
 def once_table(record: Mapping[str, Any]) -> list[str]:
-    """Runs that were made once."""
+    """A run that is made once."""
+    row = record["rows"]["whole-run"]
+    at, bar = row["sides"]["ours"], row["bars"]["accuracy"][0]
+    line = [row["title"], time_of(at["median"]["run"]), f"{100 * at['accuracy']:.1f} %", f"{100 * bar:.0f} %"]
+    return rows_of(("run", "time", "accuracy", "bar"), [line])
+
+
+def time_to_table(record: Mapping[str, Any]) -> list[str]:
+    """The first kept set of each method that reaches the goal."""
     body = []
-    if row := record["rows"].get("to-0.70"):
-        reached, (bar, aim) = row["run"]["reached"], row["bars"]["seconds"]
-        took = f"{reached['seconds']:g} s, {reached['steps']} steps" if reached else "not reached"
-        test = f"{100 * sum(reached['test']) / len(reached['test']):.1f} % of the test data ({len(reached['test'])} networks)" if reached else "–"  # fmt: skip
-        body.append([row["title"], f"{took}; compiling and first steps {row['run']['warm_seconds']:.0f} s before", test, f"{bar:g} s", f"{aim:g} s"])  # fmt: skip
-    if row := record["rows"].get("whole-run"):
-        at = row["sides"]["ours"]
-        bar = row["bars"]["accuracy"][0]
-        body.append([row["title"], time_of(at["median"]["run"]), f"{100 * at['accuracy']:.1f} %", f"{100 * bar:.0f} %", "–"])  # fmt: skip
-    if not body:
-        raise KeyError("to-0.70")
-    return rows_of(("run", "time", "accuracy", "bar", "aim"), body)
+    for method, run in sorted(record["runs"].items(), key=lambda item: _reached(item[1])):
+        asked, reached = run["asked"], run["reached"]
+        threads, settings = str(asked["threads"]), " ".join(f"`{s}`" for s in asked["set"]) or "–"
+        if reached is None:
+            last = run["kept"][-1]
+            body.append([f"`{method}`", "–", f"not in {last['seconds']:g}", str(last["steps"]), _mean(last["heldout"]), "–", threads, settings])  # fmt: skip
+            continue
+        student = f"`{reached['network']}`, `{reached['protocol']}`"
+        body.append([f"`{method}`", student, f"{reached['seconds']:g}", str(reached["steps"]), _mean(reached["heldout"]), _mean(reached["test"]), threads, settings])  # fmt: skip
+    head = ("method", "student, protocol", "seconds", "steps", "held out, %", "test, %", "threads", "beside the preset")
+    return rows_of(head, body)
+
+
+def _reached(run: Mapping[str, Any]) -> float:
+    return float(run["reached"]["seconds"]) if run["reached"] else math.inf
+
+
+def _mean(accuracies: Sequence[float]) -> str:
+    """Percent, with the networks' deviation where there are several."""
+    spread = f" ± {100 * pstdev(accuracies):.1f}" if len(set(accuracies)) > 1 else ""
+    return f"{100 * mean(accuracies):.1f}{spread}"
 
 
 def growth_table(record: Mapping[str, Any]) -> list[str]:
@@ -185,6 +202,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "beside-how": ("beside.json", beside_how),
     "features": ("beside.json", features_table),
     "once": ("beside.json", once_table),
+    "time-to": ("time_to.json", time_to_table),
     "growth": ("growth.json", growth_table),
     "growth-machine": ("growth.json", growth_machine),
     "growth-plot": ("growth.json", growth_plot),

@@ -3,13 +3,13 @@
 python benchmarks/time_to.py frepo [--data fashion-mnist] [--ipc 1] [--goal 0.70] [--seconds 30,60,120] [--set PATH=VALUE] [--json FILE]
 
 Compiling is done before the clock starts and told apart. Each kept set is judged by its own student and protocol on training
-data held out; the first that reaches the goal is then judged on the test data, once.
+data held out; the first that reaches the goal is then judged on the test data, once. With `--json` the finding is added to a file
+that has one for each method; `benchmarks/results/time_to.json` is what `tables.py` reads.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +24,12 @@ from potstill.data import load_data
 from potstill.evaluation import evaluate
 from potstill.networks import network
 from potstill.recipe import change, find
-from potstill.records import software
+from potstill.records import read_json, software, write_json
 from potstill.replay import Experts
 from potstill.still import Settings, Still
 from potstill.synthetic import counts_per_group
+
+FORMAT = 1
 
 
 def main() -> None:
@@ -92,7 +94,12 @@ def main() -> None:
     if args.json:
         shown = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k != "json"}
         record = {"asked": shown, "warm_seconds": warm, "precision": still.precision, "software": software("cpu"), "kept": rows, "reached": reached}  # fmt: skip
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+        kept_so_far = (
+            read_json(args.json)
+            if args.json.exists()
+            else {"format": FORMAT, "kind": "time_to", "scale": "full", "runs": {}}
+        )
+        write_json(args.json, kept_so_far | {"runs": kept_so_far["runs"] | {args.method: record}})
 
 
 if __name__ == "__main__":

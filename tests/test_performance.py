@@ -91,3 +91,30 @@ def test_a_toy_row_from_end_to_end_and_not_twice(tmp_path):
     before = file.read_bytes()
     again = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert "measured already" in again.stdout and file.read_bytes() == before
+
+
+def test_seconds_to_a_goal_from_end_to_end_beside_those_of_other_methods(tables, tmp_path):
+    """A file has one finding for each method, the quickest first; what was not reached says so."""
+    file = tmp_path / "time_to.json"
+    small = ["--data", "digits", "--repeats", "1", "--compile", "off", "--threads", "1", "--json", str(file)]
+    net = [
+        "--set",
+        "network=convnet-w4",
+        "--set",
+        "student=convnet-w4",
+        "--set",
+        "objective.real=8",
+        "--set",
+        "protocol=dc",
+    ]
+    for more in (["dm", *net, "--seconds", "0.2,0.3", "--goal", "1.0"], ["kip", "--seconds", "0.1", "--goal", "0.2"]):
+        done = subprocess.run(
+            [sys.executable, str(BENCHMARKS / "time_to.py"), *more, *small], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    record = json.loads(file.read_text())
+    kip, dm = (cells_of(line) for line in tables.time_to_table(record)[2:])
+    reached = record["runs"]["kip"]["reached"]
+    assert kip[:2] == ["`kip`", "`ntk-dense-d1`, `kip`"] and kip[2] == f"{reached['seconds']:g}"
+    assert kip[5] == f"{100 * reached['test'][0]:.1f}" and len(record["runs"]["dm"]["kept"]) == 2
+    assert dm[0] == "`dm`" and dm[2].startswith("not in 0.") and dm[7].startswith("`network=convnet-w4` `student=")
