@@ -183,6 +183,25 @@ def test_color_is_the_formula(channels, s):
             torch.testing.assert_close(out[g, i], y, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("s", [1.0, 0.4])
+def test_jitter_draws_both_factors_evenly_in_their_logarithm(s):
+    """x about its mean, times exp of a number uniform in plus or minus s jitter: 1.28 and 1/1.28 lie equally far out."""
+    augment = Augment(("color",), strength=s, brightness=0.5, jitter=0.25)
+    draws, x = augment.draws(Key(0), 2, 5), noise(2, 5, 3, 6, 5) + 1
+    out = augment(x, draws)
+    for g in range(2):
+        for i in range(5):
+            b, a, c = (2 * float(draws[name][g, i]) - 1 for name in ("brightness", "saturation", "contrast"))
+            y = x[g, i] + s * 0.25 * b
+            y = (y - y.mean(0)) * math.e ** (s * 0.25 * a) + y.mean(0)
+            y = (y - y.mean()) * math.e ** (s * 0.25 * c) + y.mean()
+            torch.testing.assert_close(out[g, i], y, atol=1e-5, rtol=1e-5)
+    largest = augment(x, fixed(augment, 2, brightness=0.5, saturation=0.5, contrast=1.0))
+    assert float(largest.std(unbiased=False) / x.std(unbiased=False)) > 1.0
+    ratio = (largest - largest.mean((2, 3, 4), True)).norm() / (x - x.mean((2, 3, 4), True)).norm()
+    assert float(ratio) == pytest.approx(math.exp(s * 0.25), rel=1e-4)
+
+
 def test_saturation_of_one_channel_is_the_identity():
     augment = Augment(("color",), brightness=0.0)
     x = noise(1, 2, 1, 6, 6)
@@ -199,14 +218,17 @@ def test_flip_is_exact():
     torch.testing.assert_close(augment(x, fixed(augment, flip=0.6)), x, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("fill", ["zero", "edge"])
 @pytest.mark.parametrize("h, w", [(16, 16), (28, 12), (9, 20)])
-def test_crop_is_a_shift_with_zeros(h, w):
-    augment = Augment(("crop",), crop=0.2)
+def test_crop_is_a_shift_with_zeros_or_the_pixels_of_the_edge(h, w, fill):
+    augment = Augment(("crop",), crop=0.2, fill=fill)
     draws = augment.draws(Key(4), 12)
     x = noise(12, 2, 3, h, w)
     out = augment(x, draws)
     py, px = math.floor(0.2 * h + 0.5), math.floor(0.2 * w + 0.5)
-    padded = F.pad(x, (px, px, py, py))
+    padded = F.pad(x.flatten(0, 1), (px, px, py, py), "constant" if fill == "zero" else "replicate").unflatten(
+        0, (12, 2)
+    )
     for g in range(12):
         top, left = int(draws["crop_y"][g] * (2 * py + 1)), int(draws["crop_x"][g] * (2 * px + 1))
         torch.testing.assert_close(out[g], padded[g, ..., top : top + h, left : left + w], atol=1e-5, rtol=0)
@@ -399,6 +421,8 @@ def test_names_come_back():
         (lambda: Augment(("flip", "flip")), ["once", "flip_flip"]),
         (lambda: Augment("flip"), ["ops", "flip", "parse"]),
         (lambda: Augment(mode="al"), ["mode", "'all'"]),
+        (lambda: Augment(fill="edges"), ["fill", "'edges'", "edge"]),
+        (lambda: Augment(jitter=-0.1), ["jitter", "at least 0", "-0.1"]),
         (lambda: Augment(strength=-1.0), ["strength", "at least 0", "-1"]),
         (lambda: Augment(rotate=math.inf), ["rotate", "inf", "finite"]),
         (lambda: Augment(strength=math.nan), ["strength", "nan"]),

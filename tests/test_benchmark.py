@@ -373,6 +373,9 @@ def test_other_students_in_place_of_the_rows_own(root, tmp_path, short):
     with pytest.raises(PotstillError, match="a table of performance has one network"):
         work.suites[0].judged_with(["mlp-w4", "mlp-w8"])
     other = replace(work, suites=[work.suites[0].judged_with(["mlp-w4"])])
+    taught = replace(work.suites[0].rows[0], method="random-soft")
+    narrow = replace(work.suites[0], rows=(taught, *work.suites[0].rows)).judged_with(["mlp-w4"]).rows
+    assert narrow[0].settings["student"] == "mlp-w4" and "student" not in narrow[1].settings, "the teacher goes along"
     assert other.run(other.plan()) == {"done": 1}
     (record,) = records(tmp_path).values()
     assert [r["network"] for r in record["results"]] == ["mlp-w4"] and record["command"].endswith("--networks mlp-w4")

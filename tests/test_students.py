@@ -362,6 +362,10 @@ def test_hashes_stand_beside_numbers_and_do_not_change():
     frepo = PROTOCOLS["frepo"]
     changes = {"rule": "sgd", "fit": "cross-entropy", "lengths": ()}
     assert len({frepo.hash, *(replace(frepo, **{k: v}).hash for k, v in changes.items())}) == 4
+    looks = [
+        replace(frepo, augment=replace(frepo.augment, **{k: v})).hash for k, v in (("fill", "zero"), ("jitter", 0.0))
+    ]
+    assert len({frepo.hash, *looks}) == 3
 
 
 def test_a_gram_matrix_that_cannot_be_solved_is_an_error_and_no_accuracy():

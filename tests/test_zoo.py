@@ -354,6 +354,20 @@ def test_the_accuracy_of_a_set_is_that_of_its_networks(name):
 
 
 @pytest.mark.parametrize("name", CELLS)
+def test_the_numbers_of_a_set_are_of_the_protocols_as_they_are(name):
+    """A protocol that has been put right makes old numbers void."""
+    evaluation = ZOO / name / "evaluation.json"
+    known = (
+        json.loads(evaluation.read_text())
+        if evaluation.exists()
+        else json.loads((ZOO / name / "record.json").read_text())["results"]
+    )
+    assert known
+    for row in known:
+        assert row["protocol_hash"] == PROTOCOLS[row["protocol"]].hash, row["set"]
+
+
+@pytest.mark.parametrize("name", CELLS)
 def test_the_card_in_the_zoo_is_what_the_code_makes(name, monkeypatch, tmp_path):
     text = (ZOO / name / "README.md").read_text()
     assert text == zoo.card(ZOO / name), "python -m potstill.zoo zoo"

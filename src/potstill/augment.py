@@ -28,9 +28,10 @@ _PARAMETERS = {  # every operation and the uniform numbers it consumes
 }
 OPS = tuple(_PARAMETERS)
 MODES = ("one", "all")
+FILLS = {"zero": "zeros", "edge": "border"}  # what a warp brings in from outside, and PyTorch's name for it
 _WARPS = {"crop", "flip", "scale", "rotate"}
 _LIMITS = {  # smallest and largest value of each number
-    **dict.fromkeys(("strength", "brightness", "saturation", "contrast", "rotate"), (0.0, math.inf)),
+    **dict.fromkeys(("strength", "brightness", "saturation", "contrast", "jitter", "rotate"), (0.0, math.inf)),
     **dict.fromkeys(("crop", "cutout", "flip"), (0.0, 1.0)),
     "scale": (1.0, math.inf),
 }
@@ -43,17 +44,18 @@ class Augment:
     With s the strength, each u uniform in [0, 1), m(x) the mean over channels and M(x) that over the whole image:
 
     - color: x + s b (u - 1/2), then m + (x - m)(1 + s (u a - 1)), then M + (x - M)(1 + s (u + c - 1)) for
-      brightness b, saturation a, contrast c;
+      brightness b, saturation a, contrast c; with jitter j above 0, both factors are exp(s j (2 u - 1)) instead;
     - crop: a shift by whole pixels, uniform in ±round(s crop H) and ±round(s crop W);
     - flip: left to right with probability min(s, 1) flip;
     - scale: source coordinates times factors uniform in [scale^-s, scale^s], one for x and one for y: above 1 shrinks;
     - rotate: by an angle uniform in ±s rotate, in pixel units, hence without shear on rectangles;
     - cutout: zeros in a patch of round(s cutout H) x round(s cutout W) pixels around a random place, cut at the border.
 
-    What comes from outside the image is zero. Mode "one" applies one operation, drawn per group; mode "all" applies
-    color, then the composition of crop, flip, scale and rotate in this order, then cutout. The composition is
-    resampled once, bilinearly: less blur than one transform after the other, and nothing that one of them moves out
-    of the image and the next one back in is lost. The order of `ops` does not matter to either mode's distribution.
+    What comes from outside the image is zero, or with fill "edge" the nearest pixel of the border. Mode "one" applies
+    one operation, drawn per group; mode "all" applies color, then the composition of crop, flip, scale and rotate in
+    this order, then cutout. The composition is resampled once, bilinearly: less blur than one transform after the
+    other, and nothing that one of them moves out of the image and the next one back in is lost. The order of `ops`
+    does not matter to either mode's distribution.
 
     Args:
         ops: Names from `OPS`; none is the identity.
@@ -62,11 +64,13 @@ class Augment:
         brightness: Width of the range of the added constant, in units of x.
         saturation: Largest factor of the distance to the channel mean; one channel is left as it is.
         contrast: Smallest factor of the distance to the image mean; the largest is one more.
+        jitter: Logarithm of the largest factor of both distances, in place of saturation and contrast; 0 for those.
         crop: Largest shift, as a part of height and width.
         cutout: Side of the patch, as a part of height and width.
         flip: Probability.
         scale: Largest factor.
         rotate: Largest angle in degrees, counterclockwise positive.
+        fill: "zero" or "edge". Zero is the mean where inputs are standardised: a grey frame around a black background.
         align_corners: Convention of the sampling grid. All transforms are about the image's centre and in pixels, so
             both give the same image up to rounding.
 
@@ -82,7 +86,8 @@ class Augment:
 
     Reference:
         Zhao and Bilen 2021, "Dataset Condensation with Differentiable Siamese Augmentation", ICML. Not from the
-        paper: `strength`, mode "all" with one resampling, rotation without shear.
+        paper: `strength`, mode "all" with one resampling, rotation without shear; `jitter` and fill "edge", which are
+        those of FRePo's evaluation.
     """
 
     ops: tuple[str, ...] = ()
@@ -91,11 +96,13 @@ class Augment:
     brightness: float = 1.0
     saturation: float = 2.0
     contrast: float = 0.5
+    jitter: float = 0.0
     crop: float = 0.125
     cutout: float = 0.5
     flip: float = 0.5
     scale: float = 1.2
     rotate: float = 15.0
+    fill: str = "zero"
     align_corners: bool = True
 
     def __post_init__(self) -> None:
@@ -109,6 +116,8 @@ class Augment:
             raise PotstillError(f"ops must name each augmentation once, got {self.name}")
         if self.mode not in MODES:
             raise unknown("augmentation mode", str(self.mode), MODES)
+        if self.fill not in FILLS:
+            raise unknown("augmentation fill", str(self.fill), FILLS)
         for field, (low, high) in _LIMITS.items():
             value = getattr(self, field)
             if not (isinstance(value, int | float) and low <= value <= high and math.isfinite(value)):
@@ -201,8 +210,11 @@ class Augment:
     def _color(self, x: Tensor, u: dict[str, Tensor]) -> Tensor:
         s, u = self.strength, {name: number[..., None] for name, number in u.items()}  # (G, n or 1, C, H, W)
         b = self._pick("color", u, s * self.brightness * (u["brightness"] - 0.5), 0)
-        a = self._pick("color", u, 1 + s * (u["saturation"] * self.saturation - 1), 1)
-        c = self._pick("color", u, 1 + s * (u["contrast"] + self.contrast - 1), 1)
+        if self.jitter:
+            factors = [(s * self.jitter * (2 * u[name] - 1)).exp() for name in ("saturation", "contrast")]
+        else:
+            factors = [1 + s * (u["saturation"] * self.saturation - 1), 1 + s * (u["contrast"] + self.contrast - 1)]
+        a, c = (self._pick("color", u, factor, 1) for factor in factors)
         # saturation keeps the channel mean, so the three steps in turn are one sum over the same two means
         grey = x.mean(2, keepdim=True)
         return c * a * x + (c * (1 - a) * grey + (1 - c) * grey.mean((3, 4), keepdim=True) + b)
@@ -232,7 +244,7 @@ class Augment:
         grid = torch.stack([across, down], -1).flatten(0, 1)
         # samples that share a transform are channels of one image: G grids, not G n
         images = x.reshape(len(grid), groups * n // len(grid) * channels, h, w)
-        warped = F.grid_sample(images, grid, "bilinear", "zeros", self.align_corners).reshape(x.shape)
+        warped = F.grid_sample(images, grid, "bilinear", FILLS[self.fill], self.align_corners).reshape(x.shape)
         if self.mode == "all" or set(self.ops) <= _WARPS:
             return warped
         # resampling by the identity errs by about 1e-4 at 224 pixels: groups with another operation keep theirs

@@ -150,6 +150,8 @@ class Suite:
     def judged_with(self, networks: Sequence[str]) -> Suite:
         """The same rows with other students, such as narrow ones where the rows' own are beyond the machine.
 
+        The teacher of `random-soft` is of the student's architecture, so it changes as well.
+
         Args:
             networks: One for a table of performance; several where networks are compared.
 
@@ -158,8 +160,13 @@ class Suite:
         """
         if self.table == "performance" and len(networks) > 1:
             raise PotstillError(f"--networks {','.join(networks)}: a table of performance has one network")
-        rows = (replace(r, networks=tuple(networks)) if isinstance(r, Row) else r for r in self.rows)
-        return replace(self, rows=tuple(rows), networks=tuple(networks))
+
+        def judged(row: Row) -> Row:
+            more = {"student": networks[0]} if row.method == "random-soft" else {}
+            return replace(row, networks=tuple(networks), settings={**row.settings, **more})
+
+        rows = tuple(judged(r) if isinstance(r, Row) else r for r in self.rows)
+        return replace(self, rows=rows, networks=tuple(networks))
 
 
 def suites(name: str, places: Sequence[Path]) -> list[Suite]:

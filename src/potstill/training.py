@@ -68,7 +68,9 @@ class Protocol:
         What protocols could not say at first counts only where it is said, so that older numbers keep theirs.
         """
         later = {f.name: f.default for f in fields(self) if f.name in ("rule", "fit", "lengths", "own")}
-        return digest({k: v for k, v in asdict(self).items() if k not in later or v != later[k]})
+        said = {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
+        augment = {k: v for k, v in said["augment"].items() if v or k != "jitter"}
+        return digest({**said, "augment": {k: v for k, v in augment.items() if (k, v) != ("fill", "zero")}})
 
     @property
     def words(self) -> str:
@@ -121,7 +123,14 @@ FREPO = Protocol(  # its authors mirror colour images only: `frepo-flip`
     momentum=0.0,
     weight_decay=0.0,
     schedule="warm",
-    augment=Augment(ops=("color", "crop", "scale", "rotate", "cutout"), brightness=0.5, cutout=0.25, scale=1.25),
+    augment=Augment(
+        ("color", "crop", "scale", "rotate", "cutout"),
+        brightness=0.5,
+        jitter=0.25,
+        cutout=0.25,
+        scale=1.25,
+        fill="edge",
+    ),
     rule="adam",
     fit="squared",
     lengths=((10, 1000), (100, 2000), (500, 5000), (1000, 10_000), (5000, 40_000)),
