@@ -143,6 +143,7 @@ def main() -> None:
     budget = size_of(args.memory)
     with nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         os.environ["POTSTILL_CACHE"] = str(folder / "cache")
         source: str | Data
         if args.what == "folder":

@@ -30,6 +30,7 @@ from potstill.still import Settings, Still
 from potstill.synthetic import counts_per_group
 
 FORMAT = 1
+USUAL = {"data": "fashion-mnist", "ipc": 1, "preset": "small", "goal": 0.7}  # of the table in docs/performance.md
 
 
 def main() -> None:
@@ -48,6 +49,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    goal = {k: getattr(args, k) for k in ("data", "ipc", "preset", "goal")}
+    so_far = {
+        "format": FORMAT,
+        "kind": "time_to",
+        "scale": "full" if goal == USUAL else "toy",
+        "asked": goal,
+        "runs": {},
+    }
+    if args.json and args.json.exists():
+        so_far = read_json(args.json)
+        if so_far["asked"] != goal:
+            parser.error(f"{args.json} has runs of {so_far['asked']}, these are of {goal}: another file")
     torch.set_num_threads(args.threads)
     keep_memory()
     data = load_data(args.data).hold_out(0.1)
@@ -94,12 +107,7 @@ def main() -> None:
     if args.json:
         shown = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k != "json"}
         record = {"asked": shown, "warm_seconds": warm, "precision": still.precision, "software": software("cpu"), "kept": rows, "reached": reached}  # fmt: skip
-        kept_so_far = (
-            read_json(args.json)
-            if args.json.exists()
-            else {"format": FORMAT, "kind": "time_to", "scale": "full", "runs": {}}
-        )
-        write_json(args.json, kept_so_far | {"runs": kept_so_far["runs"] | {args.method: record}})
+        write_json(args.json, {**so_far, "runs": {**so_far["runs"], args.method: record}})
 
 
 if __name__ == "__main__":

@@ -376,6 +376,8 @@ def test_other_students_in_place_of_the_rows_own(root, tmp_path, short):
     taught = replace(work.suites[0].rows[0], method="random-soft")
     narrow = replace(work.suites[0], rows=(taught, *work.suites[0].rows)).judged_with(["mlp-w4"]).rows
     assert narrow[0].settings["student"] == "mlp-w4" and "student" not in narrow[1].settings, "the teacher goes along"
+    (kernel, *_) = replace(work.suites[0], rows=(taught,)).judged_with(["ntk-dense-d1"]).rows
+    assert "student" not in kernel.settings, "a kernel teaches nobody"
     assert other.run(other.plan()) == {"done": 1}
     (record,) = records(tmp_path).values()
     assert [r["network"] for r in record["results"]] == ["mlp-w4"] and record["command"].endswith("--networks mlp-w4")

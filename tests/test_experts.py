@@ -290,6 +290,12 @@ def test_other_settings_are_not_resumed(own, options, words):
     assert bytes_of(own) == before
 
 
+def test_a_recording_says_nothing_of_what_augmentations_learned_later(own):
+    """So that one from before such a field is still the same recording."""
+    augmentation = json.loads((own / "experts.json").read_text())["training"]["augmentation"]
+    assert augmentation["ops"] and not {"fill", "jitter"} & set(augmentation)
+
+
 def test_a_folder_that_holds_a_recording_wants_resume_or_force(own, kept, tmp_path):
     assert "--resume continues it, --force starts it again" in refused(make, own)
     (own / ".expert-001.safetensors.k2_x8abc").write_bytes(b"half")

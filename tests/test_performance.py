@@ -96,7 +96,20 @@ def test_a_toy_row_from_end_to_end_and_not_twice(tmp_path):
 def test_seconds_to_a_goal_from_end_to_end_beside_those_of_other_methods(tables, tmp_path):
     """A file has one finding for each method, the quickest first; what was not reached says so."""
     file = tmp_path / "time_to.json"
-    small = ["--data", "digits", "--repeats", "1", "--compile", "off", "--threads", "1", "--json", str(file)]
+    small = [
+        "--data",
+        "digits",
+        "--goal",
+        "0.8",
+        "--repeats",
+        "1",
+        "--compile",
+        "off",
+        "--threads",
+        "1",
+        "--json",
+        str(file),
+    ]
     net = [
         "--set",
         "network=convnet-w4",
@@ -107,12 +120,26 @@ def test_seconds_to_a_goal_from_end_to_end_beside_those_of_other_methods(tables,
         "--set",
         "protocol=dc",
     ]
-    for more in (["dm", *net, "--seconds", "0.2,0.3", "--goal", "1.0"], ["kip", "--seconds", "0.1", "--goal", "0.2"]):
+    for more in (["dm", *net, "--seconds", "0.2,0.3"], ["kip", "--seconds", "0.5"]):
         done = subprocess.run(
             [sys.executable, str(BENCHMARKS / "time_to.py"), *more, *small], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
+    other = [
+        sys.executable,
+        str(BENCHMARKS / "time_to.py"),
+        "kip",
+        "--data",
+        "digits",
+        "--goal",
+        "0.6",
+        "--json",
+        str(file),
+    ]
+    refused = subprocess.run(other, capture_output=True, text=True)
+    assert refused.returncode == 2 and "another file" in refused.stderr.splitlines()[-1]
     record = json.loads(file.read_text())
+    assert record["scale"] == "toy", "the page shows one goal only"
     kip, dm = (cells_of(line) for line in tables.time_to_table(record)[2:])
     reached = record["runs"]["kip"]["reached"]
     assert kip[:2] == ["`kip`", "`ntk-dense-d1`, `kip`"] and kip[2] == f"{reached['seconds']:g}"

@@ -362,10 +362,12 @@ def test_hashes_stand_beside_numbers_and_do_not_change():
     frepo = PROTOCOLS["frepo"]
     changes = {"rule": "sgd", "fit": "cross-entropy", "lengths": ()}
     assert len({frepo.hash, *(replace(frepo, **{k: v}).hash for k, v in changes.items())}) == 4
-    looks = [
-        replace(frepo, augment=replace(frepo.augment, **{k: v})).hash for k, v in (("fill", "zero"), ("jitter", 0.0))
-    ]
-    assert len({frepo.hash, *looks}) == 3
+    assert (frepo.hash, PROTOCOLS["frepo-flip"].hash) == ("991b19ee", "d03816e0")
+    a = frepo.augment  # the ranges of the authors' evaluation
+    assert (a.brightness / 2, a.jitter, a.scale, a.crop, a.rotate, a.cutout) == (0.25, 0.25, 1.25, 0.125, 15.0, 0.25)
+    assert a.fill == "edge" and a.ops == ("color", "crop", "scale", "rotate", "cutout") and a.mode == "one"
+    plain = PROTOCOLS["dsa"].augment.plain()
+    assert not {"fill", "jitter"} & set(plain) and {"fill", "jitter"} <= set(a.plain()), "older digests hold"
 
 
 def test_a_gram_matrix_that_cannot_be_solved_is_an_error_and_no_accuracy():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,7 @@ _PARAMETERS = {  # every operation and the uniform numbers it consumes
 }
 OPS = tuple(_PARAMETERS)
 MODES = ("one", "all")
+LATER = {"jitter": 0.0, "fill": "zero"}  # fields that there were not at first, and what they did not say
 FILLS = {"zero": "zeros", "edge": "border"}  # what a warp brings in from outside, and PyTorch's name for it
 _WARPS = {"crop", "flip", "scale", "rotate"}
 _LIMITS = {  # smallest and largest value of each number
@@ -137,6 +139,10 @@ class Augment:
     def __str__(self) -> str:
         return self.name
 
+    def plain(self) -> dict[str, Any]:
+        """Its fields by name; those of `LATER` only where they say something, so that older files and hashes agree."""
+        return {k: v for k, v in asdict(self).items() if k not in LATER or v != LATER[k]}
+
     @property
     def is_identity(self) -> bool:
         """Whether nothing is ever changed."""
@@ -170,7 +176,7 @@ class Augment:
         """Apply drawn transforms: pure, differentiable in x, the same graph whatever was drawn.
 
         Args:
-            x: Images (G, n, C, H, W) of any floating type, at any scale; zero is the fill value.
+            x: Images (G, n, C, H, W) of any floating type, at any scale; what `fill` and cutout call zero is 0 there.
             draws: What `draws` returned for the same G and, unless Siamese, the same n.
 
         Returns:

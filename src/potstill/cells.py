@@ -134,7 +134,7 @@ def _shared(bench: Bench, judge: Judge, role: str, set_: DistilledSet, name: str
         return run  # where the set itself has a say, or code from outside may change under its name
     data, how = judge.data, [judge.repeats, judge.seed, judge.device, judge.compile, judge.precision]
     what = [role, data.fingerprint, describe(data.transform), set_.meta.ipc, name]
-    mark = digest([*what, *how, asdict(protocol), fit_of(name, protocol, set_)])
+    mark = digest([*what, *how, protocol.plain(), fit_of(name, protocol, set_)])
 
     def kept() -> Result:
         file = bench.out / "baselines" / f"{mark}.json"

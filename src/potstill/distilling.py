@@ -18,7 +18,7 @@ from .data import Data, load_data
 from .errors import PotstillError
 from .estimate import words
 from .evaluation import evaluate as evaluate_sets
-from .exchange import DistilledSet, describe_set, load
+from .exchange import DistilledSet, Meta, describe_set, load
 from .functional import Key
 from .judge import BASELINES
 from .launch import restarts
@@ -28,7 +28,7 @@ from .networks import network as build_network
 from .outcome import record_of, write
 from .outputs import contents, opened
 from .parallel import ALONE, Group, choose
-from .recipe import Recipe
+from .recipe import Recipe, from_dict, to_dict
 from .still import start_of
 from .synthetic import Synthetic, counts_per_group, share
 from .teacher import School
@@ -71,7 +71,15 @@ def check_coreset(out: Path, made: DistilledSet) -> None:
         PotstillError: The folder holds a run of steps, or a set that is not this one.
     """
     file = out / "set.safetensors"
-    if (out / "checkpoint.safetensors").exists() or (file.exists() and load(file).meta != made.meta):
+
+    def whole(meta: Meta) -> Meta:
+        """With the fields that a recipe of an older version had not."""
+        try:
+            return replace(meta, recipe=to_dict(from_dict(meta.recipe)))
+        except PotstillError:  # parts from outside
+            return meta
+
+    if (out / "checkpoint.safetensors").exists() or (file.exists() and whole(load(file).meta) != whole(made.meta)):
         raise PotstillError(
             f"--out {out} holds a run of other settings; give another folder, or --force to start again"
         )

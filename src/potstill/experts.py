@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,7 +139,7 @@ def index_of(recorder: Recorder, holdout: float, augment: str, pinned: dict[str,
         "optimiser": "sgd",
         **{k: getattr(protocol, k) for k in ("lr", "momentum", "weight_decay")},
         "augment": augment,
-        "augmentation": asdict(protocol.augment) | {"ops": list(protocol.augment.ops)},
+        "augmentation": protocol.augment.plain() | {"ops": list(protocol.augment.ops)},
     }
     return {
         "format": FORMAT,

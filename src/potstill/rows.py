@@ -150,7 +150,8 @@ class Suite:
     def judged_with(self, networks: Sequence[str]) -> Suite:
         """The same rows with other students, such as narrow ones where the rows' own are beyond the machine.
 
-        The teacher of `random-soft` is of the student's architecture, so it changes as well.
+        The teacher of `random-soft` is of the student's architecture: of the first one, unless a row says which or that one is
+        a kernel.
 
         Args:
             networks: One for a table of performance; several where networks are compared.
@@ -160,10 +161,12 @@ class Suite:
         """
         if self.table == "performance" and len(networks) > 1:
             raise PotstillError(f"--networks {','.join(networks)}: a table of performance has one network")
+        from .students import is_kernel
 
         def judged(row: Row) -> Row:
-            more = {"student": networks[0]} if row.method == "random-soft" else {}
-            return replace(row, networks=tuple(networks), settings={**row.settings, **more})
+            taught = row.method == "random-soft" and not is_kernel(networks[0])
+            more = {"student": networks[0]} if taught else {}
+            return replace(row, networks=tuple(networks), settings={**more, **row.settings})
 
         rows = tuple(judged(r) if isinstance(r, Row) else r for r in self.rows)
         return replace(self, rows=rows, networks=tuple(networks))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,9 +69,11 @@ class Protocol:
         What protocols could not say at first counts only where it is said, so that older numbers keep theirs.
         """
         later = {f.name: f.default for f in fields(self) if f.name in ("rule", "fit", "lengths", "own")}
-        said = {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
-        augment = {k: v for k, v in said["augment"].items() if v or k != "jitter"}
-        return digest({**said, "augment": {k: v for k, v in augment.items() if (k, v) != ("fill", "zero")}})
+        return digest({k: v for k, v in self.plain().items() if k not in later or v != later[k]})
+
+    def plain(self) -> dict[str, Any]:
+        """Its fields by name, for digests."""
+        return {**asdict(self), "augment": self.augment.plain()}
 
     @property
     def words(self) -> str:
