@@ -257,6 +257,20 @@ def test_nothing_that_is_held_out_is_chosen(short, tmp_path):
     assert len(held) == 5 and not any((held == row).flatten(1).all(1).any() for row in run.set.inputs)
 
 
+def test_a_coreset_of_an_older_version_is_the_same_coreset(tmp_path):
+    """Its recipe lacks the fields that came later; another method's is refused as ever."""
+    options = {"settings": SMALL, "evaluate": False, "out": tmp_path / "run"}
+    made = potstill.distill(toy(), "random", **options).set
+    augment = {k: v for k, v in made.meta.recipe["augment"].items() if k not in ("fill", "jitter")}
+    assert len(augment) < len(made.meta.recipe["augment"])
+    made.meta = replace(made.meta, recipe={**made.meta.recipe, "augment": augment})
+    made.save(tmp_path / "run" / "set.safetensors")
+    again = potstill.distill(toy(), "random", resume=True, **options).set
+    assert torch.equal(again.inputs, made.inputs) and "fill" in again.meta.recipe["augment"]
+    with pytest.raises(PotstillError, match="holds a run of other settings"):
+        potstill.distill(toy(), "herding", resume=True, **options)
+
+
 @pytest.mark.parametrize("space", ["features", "random-features"])
 @pytest.mark.parametrize("net", ["convnet-w8", "convnet-batch-w8", "mlp-w16"])
 def test_selection_on_features_is_selection_on_the_features_that_it_names(short, tmp_path, space, net):
