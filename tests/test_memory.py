@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from potstill.cli import main
 from potstill.errors import PotstillError
 from potstill.estimate import live_peak
 from potstill.functional import Key, tree_map
-from potstill.measure import Anonymous, anonymous_bytes
+from potstill.measure import Anonymous, Clock, anonymous_bytes
 from potstill.methods import METHODS
 from potstill.networks import Network, State, network
 from potstill.recipe import change
@@ -226,6 +227,36 @@ def test_the_estimate_is_what_is_taken_and_a_run_goes_on(tmp_path):
     assert known["budget_bytes"] == 6 << 30 and known["rows"] == MOST
     assert known["estimated_bytes"] == pytest.approx(known["anonymous_peak_bytes"], rel=0.25)
     assert any(line.startswith("memory: about") and "of 6.0 GiB" in line for line in lines)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of a run's settings what a budget chooses."""
+
+    rows: int = 0
+
+
+@LINUX
+def test_what_a_trial_takes_is_not_said_to_be_taken_by_the_run(monkeypatch):
+    """A trial with more samples than fit takes 400 MiB and is not followed."""
+
+    def trial(rows, limit, affordable):
+        if rows > FIRST:
+            kept = np.ones(400 * MIB, dtype=np.uint8)
+            time.sleep(0.05)
+            return int(kept.nbytes) + limit
+        return anonymous_bytes() + rows * MIB
+
+    lines = []
+    made = budget.Budget(anonymous_bytes() + 300 * MIB, None, lines.append)
+    made.bytes = int(1.15 * (made.bytes + 1))
+    monkeypatch.setattr(budget, "Still", lambda data, settings, start: settings.rows)
+    monkeypatch.setattr(budget, "_trial", trial)
+    assert made.choose(None, Rows(), None, Clock()).rows <= FIRST
+    known = made.describe()
+    assert known["trials_peak_bytes"] - known["anonymous_peak_bytes"] > 300 * MIB
+    assert known["estimated_bytes"] == pytest.approx(known["anonymous_peak_bytes"], abs=50 * MIB)
+    assert "while that was tried" in lines[-1]
 
 
 @LINUX

@@ -137,6 +137,7 @@ class Budget:
     def __init__(self, bytes: int, affordable: float | None, say: Callable[[str], None]) -> None:
         self.bytes, self.affordable, self.say = bytes, affordable, say
         self.seen, self.rows, self.estimate = Anonymous(0.01), 0, 0
+        self.before = self.tried = 0  # the most that was taken before the trials, and by them
 
     @classmethod
     def of(cls, text: str, compile: str, device: str, affordable: float | None, say: Callable[[str], None]) -> Budget:
@@ -172,17 +173,19 @@ class Budget:
         Raises:
             PotstillError: It does not fit; with what would.
         """
-        before, base = self.seen.look(), anonymous_bytes()
+        self.before, base = self.seen.look(), anonymous_bytes()
 
         def trial(rows: int) -> int:
-            return max(before, _trial(Still(data, replace(settings, rows=rows), start), self.bytes, self.affordable))
+            return max(
+                self.before, _trial(Still(data, replace(settings, rows=rows), start), self.bytes, self.affordable)
+            )
 
         with clock.phase("memory"):
             try:
                 self.rows, self.estimate = choose(trial, int(self.bytes / MARGIN), base)
             except TooLittle as error:
                 raise self._refused(error.least, base, settings, "one sample at a time") from error
-        self._say()
+        self._begin()
         return replace(settings, rows=self.rows)
 
     def check(self, data: Data, settings: Settings, start: Synthetic, clock: Clock) -> None:
@@ -193,15 +196,17 @@ class Budget:
         """
         if not settings.rows:
             raise PotstillError("the run to resume began without --memory; leave it out, or --force to start again")
-        before, base = self.seen.look(), anonymous_bytes()
+        self.before, base = self.seen.look(), anonymous_bytes()
         with clock.phase("memory"):
-            took = max(before, _trial(Still(data, settings, start), self.bytes, self.affordable))
+            took = max(self.before, _trial(Still(data, settings, start), self.bytes, self.affordable))
         if MARGIN * took > self.bytes:
             raise self._refused(took, base, settings, f"{settings.rows} samples in one pass, as it began")
         self.rows, self.estimate = settings.rows, took
-        self._say()
+        self._begin()
 
-    def _say(self) -> None:
+    def _begin(self) -> None:
+        """Say what is expected; from here on the run is looked at, not its trials."""
+        self.tried, self.seen = self.seen.look(), Anonymous(0.01)
         several = f"{self.rows} samples" if self.rows > 1 else "one sample"
         self.say(f"memory: about {words(self.estimate)} of {words(self.bytes)}, with at most {several} in one pass")
 
@@ -222,12 +227,14 @@ class Budget:
 
     def describe(self) -> dict[str, int]:
         """For a record; the user is told, too."""
-        peak = self.seen.look()
-        self.say(f"memory: at most {words(peak)} were taken; about {words(self.estimate)} had been expected")
+        peak = max(self.before, self.seen.look())
+        trials = f", and {words(self.tried)} while that was tried" if self.tried > peak else ""
+        self.say(f"memory: at most {words(peak)} were taken; about {words(self.estimate)} had been expected{trials}")
         return {
             "budget_bytes": self.bytes,
             "estimated_bytes": self.estimate,
             "anonymous_peak_bytes": peak,
+            "trials_peak_bytes": self.tried,
             "rows": self.rows,
         }
 
