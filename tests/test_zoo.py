@@ -398,9 +398,12 @@ def test_the_zoo_is_small():
 
 
 def test_names_in_the_documentation_are_there():
+    """A cell of a table of costs, cost/fashion-mnist/..., is no set."""
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     said = [
-        n for p in pages for n in re.findall(r"\b(?:(?:fashion-mnist|cifar10-jpeg75)/[a-z]+/[0-9]+)\b", p.read_text())
+        n
+        for p in pages
+        for n in re.findall(r"(?<!cost/)\b(?:(?:fashion-mnist|cifar10-jpeg75)/[a-z]+/[0-9]+)\b", p.read_text())
     ]
     assert len(said) >= 3 and all(locate(n) for n in said)
 
