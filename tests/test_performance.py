@@ -96,46 +96,17 @@ def test_a_toy_row_from_end_to_end_and_not_twice(tmp_path):
 def test_seconds_to_a_goal_from_end_to_end_beside_those_of_other_methods(tables, tmp_path):
     """A file has one finding for each method, the quickest first; what was not reached says so."""
     file = tmp_path / "time_to.json"
-    small = [
-        "--data",
-        "digits",
-        "--goal",
-        "0.8",
-        "--repeats",
-        "1",
-        "--compile",
-        "off",
-        "--threads",
-        "1",
-        "--json",
-        str(file),
-    ]
+    asked = {"json": file, "data": "digits", "goal": 0.8, "repeats": 1, "compile": "off", "threads": 1}
+    small = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
     net = [
-        "--set",
-        "network=convnet-w4",
-        "--set",
-        "student=convnet-w4",
-        "--set",
-        "objective.real=8",
-        "--set",
-        "protocol=dc",
+        p for s in ("network=convnet-w4", "student=convnet-w4", "objective.real=8", "protocol=dc") for p in ("--set", s)
     ]
-    for more in (["dm", *net, "--seconds", "0.2,0.3"], ["kip", "--seconds", "0.5"]):
+    for more in (["dm", *net, "--seconds", "0.05,0.1"], ["kip", "--seconds", "0.5"]):
         done = subprocess.run(
             [sys.executable, str(BENCHMARKS / "time_to.py"), *more, *small], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-    other = [
-        sys.executable,
-        str(BENCHMARKS / "time_to.py"),
-        "kip",
-        "--data",
-        "digits",
-        "--goal",
-        "0.6",
-        "--json",
-        str(file),
-    ]
+    other = [sys.executable, str(BENCHMARKS / "time_to.py"), "kip", *small, "--goal", "0.6"]
     refused = subprocess.run(other, capture_output=True, text=True)
     assert refused.returncode == 2 and "another file" in refused.stderr.splitlines()[-1]
     record = json.loads(file.read_text())
