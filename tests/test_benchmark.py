@@ -413,6 +413,13 @@ def test_a_set_of_the_zoo_is_taken_in_place_of_making_one(root, tmp_path, short,
     one, two = (json.loads((tmp_path / o / "cells/performance/toy/dm/1.json").read_text()) for o in ("out", "second"))
     assert two["sets"][0]["path"] == "zoo:toy/dm/1" and two["sets"][0]["sha256"] == one["sets"][0]["sha256"]
     assert [r["accuracies"] for r in one["results"]] == [r["accuracies"] for r in two["results"]]
+    older = json.loads((lies / "record.json").read_text())
+    del older["set"]["input_bytes"], older["set"]["label_bytes"]
+    (lies / "record.json").write_text(json.dumps(older))
+    last = Benchmark(work.suites, Bench(tmp_path / "last"))
+    assert last.run(last.plan()) == {"done": 1}, "an older record does not say how large the set is; the set does"
+    three = json.loads((tmp_path / "last/cells/performance/toy/dm/1.json").read_text())
+    assert three["sets"] == two["sets"] and three["sets"][0]["input_bytes"] > 0
     alone = Benchmark(work.suites, Bench(tmp_path / "third", zoo=False))
     assert alone.plan()[0].mark != again.plan()[0].mark
     assert again.plan()[0].minutes < alone.plan()[0].minutes, "a set that is there takes no time"

@@ -270,17 +270,37 @@ def test_results_are_plain_json(short):
     assert not math.isnan(row["accuracy_mean"])
 
 
+def test_the_reviews_protocols_take_the_loss_that_the_labels_are_made_for():
+    data, own = toy(), replace(SHORT, name="mine", fit="own")
+    assert PROTOCOLS["review"].fit == PROTOCOLS["review-transfer"].fit == "own"
+    hard = real_set(data)
+    wild = Key(1).normal(len(hard), 3)
+    centred = DistilledSet(hard.inputs, wild, replace(hard.meta, labels="centred"))
+    soft = DistilledSet(hard.inputs, wild.softmax(1), replace(hard.meta, labels="soft"))
+    for set_, fit in ((hard, "cross-entropy"), (soft, "cross-entropy"), (centred, "squared")):
+        mine, named = (Judge(data, p, repeats=2) for p in (own, replace(own, fit=fit)))
+        assert mine.resolved(set_, set_.meta.labels) == named.resolved(set_, set_.meta.labels)
+        assert mine.set(set_, "", "convnet-w8").accuracies == named.set(set_, "", "convnet-w8").accuracies
+    plain = Judge(data, replace(own, fit="cross-entropy"), repeats=2).random(hard, "convnet-w8")
+    beside = Judge(data, own, repeats=2).random(centred, "convnet-w8")
+    assert beside.accuracies == plain.accuracies, (
+        "real samples have classes, whatever the labels of the set they stand beside"
+    )
+    assert replace(own, fit="squared").hash != own.hash != replace(own, fit="cross-entropy").hash
+
+
 def test_the_reviews_protocols_take_all_samples_at_once_and_the_sets_own_augmentation():
     data = toy()
     dm, dc = ({"recipe": describe_set(data, METHODS[m]("paper"), [3] * 3, 0, 0).recipe} for m in ("dm", "dc"))
     judge = Judge(data, PROTOCOLS["review"])
-    assert judge.resolved(real_set(data, **dm)).augment == fitting(DSA, data.mirror, data.shape) != Augment()
-    assert judge.resolved(real_set(data, **dc)).augment == Augment()
+    assert judge.resolved(real_set(data, **dm), "hard").augment == fitting(DSA, data.mirror, data.shape) != Augment()
+    assert judge.resolved(real_set(data, **dc), "hard").augment == Augment()
     transfer = replace(judge, protocol=PROTOCOLS["review-transfer"])
-    assert transfer.resolved(real_set(data, **dc)).augment == fitting(DSA, data.mirror, data.shape)
+    assert transfer.resolved(real_set(data, **dc), "hard").augment == fitting(DSA, data.mirror, data.shape)
     for name in ("review", "review-transfer"):
         assert PROTOCOLS[name].plan(5000) == (1000, 1) and PROTOCOLS[name].size(5000) == 5000
     assert "own" in PROTOCOLS["review"].words and "full batch" in PROTOCOLS["review"].words
+    assert "the labels' own loss" in PROTOCOLS["review"].words
     all_at_once, shuffled = (replace(SHORT, epochs=6, batch=size) for size in (0, 9))
     net, x, y = (
         network("convnet-w8-d2", data.shape, 3),

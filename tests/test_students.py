@@ -259,16 +259,16 @@ def test_mtt_trains_with_the_rate_of_the_set(monkeypatch):
     data = toy()
     learned = a_set("mtt", lr=torch.tensor([0.03]), data=data)
     judge = Judge(data, PROTOCOLS["mtt"])
-    assert judge.resolved(learned).lr == pytest.approx(0.03)
-    assert judge.student("convnet-w4", judge.resolved(learned), learned, "hard", False).optimiser.lr == pytest.approx(
-        0.03
-    )
+    assert judge.resolved(learned, "hard").lr == pytest.approx(0.03)
+    assert judge.student(
+        "convnet-w4", judge.resolved(learned, "hard"), learned, "hard", False
+    ).optimiser.lr == pytest.approx(0.03)
     got = potstill.evaluate(learned, data, repeats=1)[0]
     dsa = replace(PROTOCOLS["dsa"], epochs=4, lr=float(learned.lr[0]))
     wanted = Judge(data, dsa, repeats=1).set(learned, "", "convnet-w4")
     assert got.accuracies == wanted.accuracies and got.protocol == "mtt"
-    assert judge.resolved(replaced_lr(learned, torch.tensor([0.01, 0.03]))).lr == pytest.approx(0.02)
-    assert Judge(data, PROTOCOLS["dsa"]).resolved(learned).lr == 0.01, "another protocol has its own"
+    assert judge.resolved(replaced_lr(learned, torch.tensor([0.01, 0.03])), "hard").lr == pytest.approx(0.02)
+    assert Judge(data, PROTOCOLS["dsa"]).resolved(learned, "hard").lr == 0.01, "another protocol has its own"
     with pytest.raises(PotstillError, match="trains with the rate that a set has learned; this one has none"):
         potstill.evaluate(a_set("dm"), data, protocol="mtt", repeats=1)
 

@@ -297,7 +297,7 @@ def _judge(still: Still, set_: DistilledSet, affordable: float, budget: int) -> 
     """The same for what is judged at the end: the student, one on all training data, k-means."""
     recipe, data, rows = still.settings.recipe, still.data, still.settings.rows
     judge = Judge(data, protocol_of(recipe.protocol), precision=still.settings.precision, rows=rows)
-    protocol = judge.resolved(set_)
+    protocol = judge.resolved(set_, set_.meta.labels)
     learner = judge.student(recipe.student, protocol, set_, set_.meta.labels, False)
     _learn(learner, set_, data, data.test.inputs, fit_of(recipe.student, protocol, set_))
     if k_means_fits(data, budget):

@@ -52,7 +52,7 @@ def minutes(row: Row | CostRow, data: Data, there: int = 0) -> float:
         if is_kernel(name) or row.method == WHOLE:
             continue
         net, protocol = build_network(name, data.shape, data.task.outputs), protocol_of(row.protocol)
-        trainer = Trainer(net, replace(protocol, lr=protocol.lr or 1.0), data.task, False, "cpu")
+        trainer = Trainer(net, replace(protocol.fitted("hard"), lr=protocol.lr or 1.0), data.task, False, "cpu")
         more = len(row.baselines) + ("hard" in row.variants) + 2 * ("plain" in row.variants)
         one = max(trainer.flops(images) / EAGER_FLOPS, CALL * trainer.steps(images) / trainer.together(images))
         seconds += one * row.repeats * (len(row.seeds) + more)
@@ -90,7 +90,8 @@ def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -
         set_ = made(bench, suite, row, record, seed, data)
         write_sealed(file, record)
         for name in row.networks:
-            trainer = judge.student(name, judge.resolved(set_), set_, set_.meta.labels, False)
+            kind = set_.meta.labels
+            trainer = judge.student(name, judge.resolved(set_, kind), set_, kind, False)
             for role, variant, judged in _ways(bench, row, set_, judge, name, seed == row.seeds[0]):
                 keep(seed, role, variant, trainer.name, judged)
     return {**record, "status": "done"}
@@ -115,7 +116,7 @@ def _ways(
             hard = DistilledSet(set_.inputs, set_.labels.argmax(1), meta, set_.lr, set_.matrix)
             yield "set", "hard", lambda: judge.set(hard, row.method, name)
         yield "whole", "own", lambda: judge.whole(name)
-    if "plain" in row.variants and judge.resolved(set_).augment.ops:
+    if "plain" in row.variants and judge.resolved(set_, set_.meta.labels).augment.ops:
         bare = replace(judge, protocol=replace(judge.protocol, augment=Augment(), own=False))
         yield "set", "plain", lambda: bare.set(set_, row.method, name)
         yield "random", "plain", _shared(bench, bare, "random", set_, name)
@@ -125,7 +126,7 @@ def _shared(bench: Bench, judge: Judge, role: str, set_: DistilledSet, name: str
     """The measurement of a baseline, made once in a results folder for all cells in which it would be the same: the same
     samples under the same protocol, once augmentation and learning rate are settled, by the same network.
     """
-    protocol = judge.resolved(set_)
+    protocol = judge.resolved(set_, "hard")
 
     def run() -> Result:
         return judge.random(set_, name) if role == "random" else judge.k_means(set_, name)
@@ -161,8 +162,11 @@ def made(bench: Bench, suite: Suite, row: Row, record: Record, seed: int, data: 
     """The row's set of a seed: as the record has it, from its run's last checkpoint, or from the start."""
     lies = in_zoo(bench, row, data)
     if lies is not None and seed == row.seeds[0]:
-        _enter(record, seed, f"{places.IN_ZOO}{data.slug}/{row.method}/{row.ipc}", read_json(lies / "record.json"))
-        return load(lies)
+        set_ = load(lies)
+        _enter(
+            record, seed, f"{places.IN_ZOO}{data.slug}/{row.method}/{row.ipc}", read_json(lies / "record.json"), set_
+        )
+        return set_
     recording = suite.experts[row.experts] if row.experts else None
     place = f"runs/{suite.table}/{row.cell}/seed{seed}-{making(row, recording, data)}"
     folder = bench.out / place
@@ -187,7 +191,7 @@ def made(bench: Bench, suite: Suite, row: Row, record: Record, seed: int, data: 
         if not begun:
             raise
         run = distill(data, row.method, force=True, **options)  # damaged, or of another version, device or precision
-    _enter(record, seed, place, run.record)
+    _enter(record, seed, place, run.record, run.set)
     return run.set
 
 
@@ -203,7 +207,7 @@ def _sha256(folder: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
-def _enter(record: Record, seed: int, place: str, run: Record) -> None:
+def _enter(record: Record, seed: int, place: str, run: Record, set_: DistilledSet) -> None:
     """Put a set into a cell's record; numbers that were measured on an earlier set of this seed go."""
     if any((e["seed"], e["path"], e["sha256"]) == (seed, place, run["set"]["sha256"]) for e in record["sets"]):
         return
@@ -215,9 +219,8 @@ def _enter(record: Record, seed: int, place: str, run: Record) -> None:
         "steps": run["steps"],
         "seconds": round(sum(v for k, v in run["cost"]["phases"].items() if k != "evaluation"), 3),
         "peak_bytes": run["cost"]["peak_bytes"],
-        "images": run["set"]["images"],
-        "input_bytes": run["set"]["input_bytes"],
-        "label_bytes": run["set"]["label_bytes"],
+        "images": len(set_),
+        **set_.sizes,  # an older record does not say them
     }
     record["sets"] = [e for e in record["sets"] if e["seed"] != seed] + [entry]
     record["results"][:] = [r for r in record["results"] if r["seed"] != seed]

@@ -152,7 +152,7 @@ def evaluate(
         asked = protocol_of(protocol or set_.meta.protocol)
         judge = Judge(source, asked, repeats, seed, device, compile, precision, say, bar, group, rows)
         for n in names:
-            judge.student(n, judge.resolved(set_), set_, set_.meta.labels, False)
+            judge.student(n, judge.resolved(set_, set_.meta.labels), set_, set_.meta.labels, False)
         work.append((set_, name, names, judge))
     sets_seen = [digest([float(s.inputs.double().sum()), float(s.labels.double().sum())]) for s, *_ in work]
     group.agree({"data": [judge.data.fingerprint for *_, judge in work], "sets": sets_seen})

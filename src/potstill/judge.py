@@ -125,7 +125,7 @@ class Judge:
             labels: Convention of the labels.
             raw: Whether the inputs of the sets are raw, too, and prepared a batch at a time.
         """
-        protocol = self.resolved(asks)
+        protocol = self.resolved(asks, labels)
         if is_kernel(net_name) and not varied:
             sets = sets[:1]  # nothing is random
         sets = [(x, labels_for(fit_of(net_name, protocol, asks), y, labels)) for x, y in sets]
@@ -181,11 +181,13 @@ class Judge:
         sets, kind = [(set_.inputs, set_.labels)] * self.repeats, set_.meta.labels
         return self.judge(name, set_.meta.method, _ipc(set_), sets, set_.transform, net_name, asks=set_, labels=kind)
 
-    def resolved(self, asks: DistilledSet | None) -> Protocol:
-        """The protocol for this data: without augmentation that they do not bear, with the rate that a set has learned."""
+    def resolved(self, asks: DistilledSet | None, labels: str) -> Protocol:
+        """The protocol for this data and these labels (`hard`, `soft` or `centred`): without augmentation that the data do
+        not bear, with the loss of the labels and the rate that a set has learned."""
         recipe = recipe_of_set(asks) if self.protocol.own else None
         augment = self.protocol.augment if recipe is None else recipe.augment
-        protocol = replace(self.protocol, augment=fitting(augment, self.data.mirror, self.data.shape))
+        protocol = self.protocol.fitted(labels)
+        protocol = replace(protocol, augment=fitting(augment, self.data.mirror, self.data.shape))
         if protocol.lr or asks is None or asks.lr is None:
             return protocol
         return replace(protocol, lr=float(asks.lr.mean()))
@@ -260,7 +262,7 @@ class Judge:
             self.say("random with soft labels: not measured, a class has too few samples beside those held out")
             return None
         school = School(data, self.seed, self.device, self.compile, self.precision, self.say, self.bar, self.rows)
-        work = self.student(net_name, self.resolved(set_), set_, "soft", False).flops(len(set_)) * self.repeats
+        work = self.student(net_name, self.resolved(set_, "soft"), set_, "soft", False).flops(len(set_)) * self.repeats
         seconds = school.seconds(net_name) + seconds_of_labels(data, net_name, len(set_)) + work / EAGER_FLOPS
         if affordable is not None and seconds > affordable:
             self.say(

@@ -43,7 +43,8 @@ class Protocol:
             fewer than 1,000, then down to a hundredth along a cosine) or `constant`.
         augment: Drawn anew for every step; the operation per step, its parameters per sample.
         rule: `sgd` or `adam`.
-        fit: The loss: `cross-entropy`, or `squared` for outputs near centred labels.
+        fit: The loss: `cross-entropy`; `squared` for outputs near centred labels; or `own`, that which the labels are
+            made for: squared for centred ones, cross-entropy for classes and probabilities.
         own: Whether the augmentation is, in place of `augment`, the one that a set was made with.
         lengths: (samples, steps) in place of `steps`: for sets up to so many samples at least so many steps.
     """
@@ -85,11 +86,16 @@ class Protocol:
         )
         long = [f"{self.epochs} epochs"] * (self.epochs > 0) + [least] * bool(self.lengths or self.steps)
         rate = f"{self.lr:g}" if self.lr else "at the set's own rate"
-        loss = "" if self.fit == "cross-entropy" else f", {self.fit} loss"
+        loss = {"cross-entropy": "", "own": ", the labels' own loss"}.get(self.fit, f", {self.fit} loss")
         rule = {"sgd": "SGD", "adam": "Adam"}[self.rule]
         batch = f"batch {self.batch}" if self.batch else "full batch"
         augment = "the set's own" if self.own else str(self.augment)
         return f"{', at least '.join(long)}, {rule} {rate}, {batch}{loss}, augmentation {augment}"
+
+    def fitted(self, labels: str) -> Protocol:
+        """This protocol with its loss settled for labels that are `hard`, `soft` or `centred`."""
+        loss = "squared" if labels == "centred" else "cross-entropy"
+        return replace(self, fit=loss) if self.fit == "own" else self
 
     def size(self, samples: int) -> int:
         """Samples in a step."""
@@ -144,8 +150,8 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("dc", epochs=300),
         Protocol("dsa", epochs=1000, augment=DSA),
         Protocol("mtt", epochs=1000, lr=0.0, augment=DSA),
-        Protocol("review", epochs=1000, batch=0, own=True),
-        Protocol("review-transfer", epochs=1000, batch=0, augment=DSA),
+        Protocol("review", epochs=1000, batch=0, fit="own", own=True),
+        Protocol("review-transfer", epochs=1000, batch=0, fit="own", augment=DSA),
         FREPO,
         replace(FREPO, name="frepo-flip", augment=replace(FREPO.augment, ops=("flip", *FREPO.augment.ops))),
         Protocol("kip", epochs=0, steps=5000, batch=100, fit="squared", schedule="warm", weight_decay=1e-3, lr=0.02),
