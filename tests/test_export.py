@@ -356,6 +356,23 @@ def test_other_transforms_are_undone_to_mean_and_deviation(tmp_path, transform, 
     assert torch.equal(torch.tensor(pq.read_table(out).column("input").to_pylist()), again.inputs)
 
 
+@pytest.mark.parametrize("transform", ["zca", "none", "standardise"])
+def test_a_set_in_one_file_needs_no_other(tmp_path, monkeypatch, transform):
+    data, raw, made = real_set(transform)
+    (tmp_path / "a").mkdir()
+    file = export_set(made, "safetensors", tmp_path / "a" / "one.safetensors")
+    assert tree(tmp_path / "a") == ["one.safetensors"], "the matrix is inside"
+    export_set(made, "safetensors", tmp_path / "b")
+    assert tree(tmp_path / "b") == ["README.md", "set.safetensors"]
+    assert (tmp_path / "b" / "set.safetensors").read_bytes() == file.read_bytes()
+    again = load(file)
+    assert torch.equal(again.inputs, made.inputs) and torch.equal(again.labels, made.labels) and again.meta == made.meta
+    monkeypatch.chdir(tmp_path / "b")
+    got = ran(tmp_path / "b" / "README.md")
+    assert torch.equal(got["prepare"](torch.tensor(raw).float()), made.transform(torch.tensor(raw).float()))
+    assert "whitening is undone" not in (tmp_path / "b" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("transform", ["zca", "none"])
 def test_the_card_of_png_leads_to_the_standardised_space(tmp_path, monkeypatch, transform):
     data, raw, made = real_set(transform)

@@ -34,15 +34,19 @@ def value(objective, s, real, net, draws):
     return float(objective.loss(s, objective.target(real, net, draws), net, draws, ())[0])
 
 
+@pytest.mark.parametrize("augment", [Augment(), DSA], ids=["dc", "dsa"])
 @pytest.mark.parametrize("norm", ["none", "instance", "group", "layer", "batch"])
-def test_is_the_papers_formula(norm):
-    """Class by class, weight by weight, row by row: one minus the cosine of the two gradients."""
-    objective, s, real, net, draws = setting(norm)
+def test_is_the_papers_formula(norm, augment):
+    """Class by class, weight by weight, row by row: one minus the cosine of the two gradients; with augmentation, each class
+    transformed in one way on both sides."""
+    objective, s, real, net, draws = setting(norm, augment=augment)
     params = {k: v.clone().requires_grad_() for k, v in net.state.params.items()}
     total = 0.0
     for c in range(3):
         sides = []
+        of_class = {name: drawn[c : c + 1] for name, drawn in draws["augment"].items()}
         for x in (real.inputs[c], s.learned["inputs"][s.fixed["labels"] == c]):
+            x = torch.cat([augment(one[None, None], of_class)[0] for one in x])
             logits = net.network(State(params, net.state.buffers), x, "stored")
             loss = F.cross_entropy(logits, torch.full((len(x),), c))
             sides.append(dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True)))

@@ -160,8 +160,10 @@ def parser() -> Parser:
 
     x = add("export", "Write a set as PNG, npz or Parquet, with a card that says how to use it.")
     x.add_argument("set", metavar="SET", help="a folder with a set.safetensors, such a file, or a name of the zoo")
-    x.add_argument("--to", required=True, help="png, npz or parquet")
-    x.add_argument("--out", required=True, type=Path, metavar="PATH", help="a new folder; or a new .npz or .parquet")
+    x.add_argument("--to", required=True, help="png, npz, parquet, or safetensors: the set itself in one file")
+    x.add_argument(
+        "--out", required=True, type=Path, metavar="PATH", help="a new folder; or a new .npz, .parquet or .safetensors"
+    )
 
     r = add("report", "A benchmark's page, from its records: tables, plots and the sets as pictures.")
     r.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="what `potstill benchmark` has written")

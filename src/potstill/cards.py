@@ -37,6 +37,10 @@ LICENCES = {  # of source data, by the names that `load_data` knows them by: the
 }
 
 USES = {
+    "safetensors": """import potstill
+set_ = potstill.load("{file}")        # a torch.utils.data.Dataset of (input, label)
+x, y = set_.inputs, set_.labels
+prepare = set_.transform                     # your test inputs, as in the source data""",
     "png": """from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -57,6 +61,7 @@ prepare = lambda raw: (raw / {scale!r} - mean) / std      # your test inputs, as
 }
 
 SPACE = {
+    "safetensors": "The set itself, bit by bit, with everything that prepares inputs as its own are: a whitening matrix, too, where it has one.",
     "png": "8 bits, clamped to what a picture holds. Distilled pixels may leave that range, so training on the pictures can "
     "give another accuracy than the set itself; `npz` and `parquet` lose nothing. `labels.json` has class names, the file of "
     "each image, soft or centred labels and the learned learning rate where there are such.",
@@ -171,13 +176,13 @@ def export_card(made: DistilledSet, to: str, file: str, results: list[dict[str, 
 
     Args:
         made: The set as it is exported.
-        to: `png`, `npz` or `parquet`.
+        to: `png`, `npz`, `parquet` or `safetensors`.
         file: Name of the file in the folder.
         results: As `rows_of` gives them.
         whitened: Whether the set itself is, and the export is not.
     """
     m = made.meta
-    mean, std = list(m.transform["mean"]), list(m.transform["std"])
+    mean, std = list(m.transform.get("mean", [])), list(m.transform.get("std", []))
     if to == "png":  # a picture's 0 and 1 are the set's limits
         low, high = m.limits
         mean, std = [(v - low) / (high - low) for v in mean], [v / (high - low) for v in std]

@@ -150,15 +150,19 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
             path: The file. A whitening matrix comes to lie beside it, in a file named by its hash.
             self_contained: The matrix goes into the file itself.
         """
+        if self.matrix is not None and not self_contained:
+            write_beside(Path(path).parent, self.standardise)
+        write_whole(Path(path), self.encoded(self_contained))
+
+    def encoded(self, self_contained: bool = False) -> bytes:
+        """The bytes that `save` writes, with the whitening matrix among them or without."""
         tensors = {"inputs": self.inputs.contiguous(), "labels": self.labels.contiguous()}
         if self.lr is not None:
             tensors["lr"] = self.lr
         if self.matrix is not None and self_contained:
             tensors["matrix"] = self.matrix.contiguous()
-        elif self.matrix is not None:
-            write_beside(Path(path).parent, self.standardise)
         header = json.dumps({"format": FORMAT, **asdict(self.meta)}, sort_keys=True)
-        write_whole(Path(path), encode(tensors, metadata={HEADER: header}))
+        return bytes(encode(tensors, metadata={HEADER: header}))
 
 
 def describe_set(data: Data, recipe: Recipe, counts: list[int], seed: int, steps: int) -> Meta:

@@ -1,4 +1,5 @@
-"""Sets for other programs: a folder of PNG, `.npz`, Parquet, each with a card that says what it is and how to use it."""
+"""Sets for other programs and people: a folder of PNG, `.npz`, Parquet, or the set itself as one file that needs no other; with a
+card that says what it is and how to use it."""
 
 from __future__ import annotations
 
@@ -22,8 +23,12 @@ from .places import locate
 from .records import check_free, write_folder, write_whole
 from .transforms import ZCA, Standardise, describe
 
-FORMATS = ("png", "npz", "parquet")
-FILES = {"npz": "set.npz", "parquet": "train.parquet"}  # in the folder that is made where PATH names no file
+FORMATS = ("png", "npz", "parquet", "safetensors")
+FILES = {
+    "npz": "set.npz",
+    "parquet": "train.parquet",
+    "safetensors": "set.safetensors",
+}  # in the folder that is made where PATH names no file
 NAME = 40  # characters of a class name in a folder's name, at most
 
 
@@ -32,9 +37,9 @@ def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> P
 
     Args:
         source: A set, or the path or zoo name of one; a `record.json` of the same set beside it gives the card its accuracies.
-        to: `png`, `npz` or `parquet`.
-        out: A folder that is new or empty. With `npz` and `parquet` also a new file with that ending, which then
-            holds the card as well.
+        to: `png`, `npz`, `parquet`, or `safetensors`: the set itself, with its whitening matrix inside.
+        out: A folder that is new or empty. But for `png` also a new file with that ending, which then holds the card as
+            well; a set says all of itself in its header.
 
     Returns:
         What was made: the folder, or the file.
@@ -54,7 +59,8 @@ def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> P
         place = locate(source)
         made, results = load(place), rows_of(record_of(place).get("results"))
     _check(made)
-    whitened, made = isinstance(made.standardise, ZCA), standardised(made)
+    whitened = isinstance(made.standardise, ZCA) and to != "safetensors"
+    made = made if to == "safetensors" else standardised(made)
     out = Path(out)
     check_free(out)
     single = FILES.get(to) is not None and out.suffix == f".{to}" and not out.is_dir()
@@ -64,7 +70,9 @@ def export_set(source: DistilledSet | str | Path, to: str, out: str | Path) -> P
     if to == "png":
         files = _png(made)
     else:
-        content = _npz(made, text) if to == "npz" else _parquet(made, text)
+        content = (
+            made.encoded(True) if to == "safetensors" else _npz(made, text) if to == "npz" else _parquet(made, text)
+        )
         if single:
             write_whole(out, content)
             return out
