@@ -358,7 +358,7 @@ def test_other_transforms_are_undone_to_mean_and_deviation(tmp_path, transform, 
 
 @pytest.mark.parametrize("transform", ["zca", "none", "standardise"])
 def test_a_set_in_one_file_needs_no_other(tmp_path, monkeypatch, transform):
-    data, raw, made = real_set(transform)
+    _, raw, made = real_set(transform)
     (tmp_path / "a").mkdir()
     file = export_set(made, "safetensors", tmp_path / "a" / "one.safetensors")
     assert tree(tmp_path / "a") == ["one.safetensors"], "the matrix is inside"

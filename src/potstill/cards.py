@@ -111,14 +111,15 @@ def facts(made: DistilledSet, more: Sequence[str] = ()) -> list[str]:
         made: A set.
         more: Rows for the end of the table.
     """
-    m, few = made.meta, len(made.meta.transform["mean"]) <= 16
+    m, means = made.meta, made.meta.transform.get("mean", [])
+    space = made_with(made).replace("/", " / ") if 0 < len(means) <= 16 else "with the set" if means else "none"
     ipc = str(m.ipc[0]) if len(set(m.ipc)) == 1 else ", ".join(map(str, m.ipc))
     return [
         "| | |", "| --- | --- |", f"| source data | {plain(m.data)}, fingerprint {plain(m.fingerprint)} |",
         f"| classes | {len(m.class_names)}: {', '.join(map(plain, m.class_names[:100]))} |", f"| samples per class | {ipc} |",
         f"| input | {' × '.join(map(str, made.shape))} |", f"| labels | {_labels(made)} |",
         f"| learned learning rate | {'none' if made.lr is None else made.lr.tolist()} |",
-        f"| mean, standard deviation | {made_with(made).replace('/', ' / ') if few else 'with the set'} |",
+        f"| mean, standard deviation | {space} |",
         f"| asks for | network {plain(m.student)}, protocol {plain(m.protocol)} |",
         f"| steps, seed | {plain(m.steps)}, {plain(m.seed)} |", *more, "", f"**Licence.** {licence_of(m.data)[1]}", "",
     ]  # fmt: skip
