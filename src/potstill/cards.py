@@ -127,7 +127,8 @@ def facts(made: DistilledSet, more: Sequence[str] = ()) -> list[str]:
 
 def accuracies(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Results as a table."""
-    lines = ["On test data, of networks trained on the set itself and its baselines:", "",
+    beside = " and its baselines" if len({r["set"] for r in rows}) > 1 else ""
+    lines = [f"On test data, of networks trained on the set itself{beside}:", "",
              "| trained on | network | protocol | accuracy | networks |", "| --- | --- | --- | --- | --- |"]  # fmt: skip
     lines += [
         f"| {plain(r['set'])} | {plain(r['network'])} | {plain(r['protocol'])} "
