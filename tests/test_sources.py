@@ -1,6 +1,7 @@
 """Data from folders of images, tables, published layouts and datasets; the cache of what is decoded; names."""
 
 import builtins
+import errno
 import os
 import pickle
 import threading
@@ -246,6 +247,42 @@ def test_a_cache_that_cannot_be_written_is_one_line(own, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "file"))
     assert "POTSTILL_CACHE names another place" in refused(own)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be reserved here")
+@pytest.mark.parametrize("at", range(4))  # inputs and hashes of train and test
+def test_a_disk_that_is_full_is_one_line_and_leaves_no_cache(own, tmp_path, monkeypatch, capsys, at):
+    """Room is taken before pictures are put into mapped files: a page without any would kill the process."""
+    reserve, taken = os.posix_fallocate, []
+
+    def full(handle, start, size):
+        taken.append((start, size) == (0, os.fstat(handle).st_size))
+        if len(taken) - 1 == at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(handle, start, size)
+
+    command = ["distill", str(own), "--method", "random", "--no-evaluate", "--out", str(tmp_path / "run")]
+    cache = Path(os.environ["POTSTILL_CACHE"]) / "decoded"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and f"cannot be kept in {cache} (No space left on device)" in error[0]
+    assert taken == [True] * (at + 1) and not list(cache.iterdir())
+    assert main(command) == 0
+    assert len(list(cache.iterdir())) == 1 and len(load_data(own).train) == 17
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, None])
+def test_where_no_room_can_be_reserved_pictures_are_decoded_all_the_same(own, monkeypatch, number):
+    def lacks(handle, start, size):
+        raise OSError(number, os.strerror(number))
+
+    if number is None:  # macOS
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", lacks, raising=False)
+    assert len(load_data(own).train) == 17
 
 
 def test_mapped_inputs_give_the_same_batches(own, monkeypatch):
