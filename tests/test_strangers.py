@@ -557,18 +557,28 @@ def check_card(card):
     assert card.count("\n---\n") == 1 and card.startswith("---\n")
 
 
-def test_a_card_and_its_set_under_hostile_names(tmp_path):
-    for i, evil in enumerate(HOSTILE):
+def everything(folder):
+    """All files below a folder with their content, and all folders."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def test_a_card_and_its_set_under_hostile_names(tmp_path, monkeypatch):
+    """Nothing acts in the card, and nothing is written or changed beside the folder that was asked for."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # names that are paths would lead from here
+    for i, evil in enumerate([*HOSTILE, "../../up", "../up/", str(tmp_path / "absolute")]):
         made = set_of(class_names=[evil, "b", "c"])
         fields = ("method", "data", "student", "protocol", "software", "fingerprint")
         made.meta = replace(made.meta, **{f: evil for f in fields}, recipe={evil: {evil: evil}, "method": evil})
         made.save(tmp_path / f"{i}.safetensors")
         for to in ("png", "npz"):
             out = tmp_path / f"{to}{i}"
+            before = everything(tmp_path)
             export_set(tmp_path / f"{i}.safetensors", to, out)
+            after = everything(tmp_path)
+            assert {p: c for p, c in after.items() if p.split("/")[0] != out.name} == before
+            assert out.name in after and f"{out.name}/README.md" in after
             check_card((out / "README.md").read_text())
-        before = sorted(p.name for p in tmp_path.iterdir())
-        assert before == sorted(p.name for p in tmp_path.iterdir())
 
 
 def test_words_of_records_and_sets_stay_words_in_a_benchmarks_page(tmp_path):
