@@ -1,18 +1,22 @@
 """Data from folders of images, tables, published layouts and datasets; the cache of what is decoded; names."""
 
 import builtins
+import errno
+import json
 import os
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_exchange import set_of
 from torch.utils.data import Dataset, TensorDataset
 
-from potstill import distill, load_data, loaders, pictures
+from potstill import distill, export_set, load_data, loaders, pictures
 from potstill.cli import main
 from potstill.data import Data, holdout_order
 from potstill.errors import PotstillError
@@ -248,6 +252,42 @@ def test_a_cache_that_cannot_be_written_is_one_line(own, tmp_path, monkeypatch):
     assert "POTSTILL_CACHE names another place" in refused(own)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="room cannot be reserved here")
+@pytest.mark.parametrize("at", range(4))  # inputs and hashes of train and test
+def test_a_disk_that_is_full_is_one_line_and_leaves_no_cache(own, tmp_path, monkeypatch, capsys, at):
+    """Room is taken before pictures are put into mapped files: a page without any would kill the process."""
+    reserve, taken = os.posix_fallocate, []
+
+    def full(handle, start, size):
+        taken.append((start, size) == (0, os.fstat(handle).st_size))
+        if len(taken) - 1 == at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(handle, start, size)
+
+    command = ["distill", str(own), "--method", "random", "--no-evaluate", "--out", str(tmp_path / "run")]
+    cache = Path(os.environ["POTSTILL_CACHE"]) / "decoded"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        assert main(command) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and f"cannot be kept in {cache} (No space left on device)" in error[0]
+    assert taken == [True] * (at + 1) and not list(cache.iterdir())
+    assert main(command) == 0
+    assert len(list(cache.iterdir())) == 1 and len(load_data(own).train) == 17
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, None])
+def test_where_no_room_can_be_reserved_pictures_are_decoded_all_the_same(own, monkeypatch, number):
+    def lacks(handle, start, size):
+        raise OSError(number, os.strerror(number))
+
+    if number is None:  # macOS
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", lacks, raising=False)
+    assert len(load_data(own).train) == 17
+
+
 def test_mapped_inputs_give_the_same_batches(own, monkeypatch):
     read = load_data(own)
     with monkeypatch.context() as patch:
@@ -453,6 +493,110 @@ def test_tables_that_do_not_fit_are_refused(tmp_path, offline):
     (tmp_path / "broken" / "train.parquet").write_bytes(b"PAR1 and nothing more")
     assert "hf:" not in refused("broken", tmp_path) and "cannot be read" in refused("broken", tmp_path)
     assert "neither a folder that is there nor a repository's name" in refused("hf:../../x")
+
+
+def named(folder, paths, **more):
+    """A README whose one configuration has these files for the splits."""
+    files = [{"split": split, "path": path} for split, path in paths.items()]
+    configs = [{"config_name": "default", "data_files": files, **more}]
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\nwords\n")  # JSON is YAML
+
+
+OUTSIDE = ["../secret/train.parquet", "ABSOLUTE", "//ABSOLUTE", "file:ABSOLUTE", "local:ABSOLUTE", "file://ABSOLUTE",
+           "http://localhost:9/train.parquet", "hf://datasets/a/b/train.parquet", "../../*/secret/*.parquet", "..\\x.parquet",
+           "data/../../secret/train.parquet", "zip://train.parquet::../x.zip", "~/x.parquet", ["train-*", "../x"], 3]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+def test_a_readme_of_a_folder_of_tables_leads_nowhere_else(tmp_path, offline, path):
+    table(tmp_path / "insects", [0, 1, 1], classes())
+    table(tmp_path / "secret", [0, 0, 1], classes())
+    if isinstance(path, str):
+        path = path.replace("ABSOLUTE", str(tmp_path / "secret" / "train-00000-of-00001.parquet"))
+    named(tmp_path / "insects", {"train": path, "test": "test-*.parquet"})
+    words = refused(f"hf:{tmp_path / 'insects'}")
+    assert "README.md names" in words and "no file outside of the data set's folder is read" in words
+
+
+def test_no_other_way_leads_out_of_a_folder_of_tables(tmp_path, offline):
+    own, secret = tmp_path / "insects", tmp_path / "secret"
+    table(own, [0, 1, 1], classes()), table(secret, [0, 0, 1], classes())
+    for where in ("../secret", str(secret), "file://" + str(secret)):  # a folder in place of files
+        named(own, {"train": "train*.parquet", "test": "test*.parquet"}, data_dir=where)
+        assert "no file outside of the data set's folder is read" in refused(f"hf:{own}")
+    (own / "README.md").unlink()
+    files = [{"split": s, "path": str(secret / f"{s}-00000-of-00001.parquet")} for s in ("train", "test")]
+    hidden = {"configs": [{"config_name": "default", "data_files": files}]}
+    (own / ".huggingface.yaml").write_text(json.dumps(hidden))  # which the library obeys, too
+    assert load_data(f"hf:{own}").counts.tolist() == [1, 2]
+    (own / "train-00000-of-00001.parquet").unlink()
+    (own / "train-00000-of-00001.parquet").symlink_to(secret / "train-00000-of-00001.parquet")
+    assert "is a link out of the data set's folder" in refused(f"hf:{own}")
+    (own / "train-00000-of-00001.parquet").unlink()
+    (own / "train").symlink_to(secret)
+    named(own, {"train": "train/train-*.parquet", "test": "test-*.parquet"})
+    assert "is a link out of the data set's folder" in refused(f"hf:{own}")
+    (own / "README.md").unlink()
+    (own / "README.md").symlink_to(secret / "train-00000-of-00001.parquet")
+    assert "is a link out of the data set's folder" in refused(f"hf:{own}")
+
+
+def test_a_readme_that_grows_as_it_is_read_is_refused_at_once(tmp_path, offline):
+    """Lists of nine lists of nine lists: 400 million words, if they were written out."""
+    table(tmp_path / "insects", [0, 1, 1], classes())
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{to}: &{to} [{', '.join([f'*{of}'] * 9)}]" for of, to in zip("abcdefgh", "bcdefghi", strict=True)]
+    for files in ("*i", "[{split: train, path: *i}]", "[{split: *i, path: x}]"):
+        text = "\n".join([*lines, f"configs: [{{config_name: x, data_files: {files}}}]"])
+        (tmp_path / "insects" / "README.md").write_text(f"---\n{text}\n---\n")
+        began = time.perf_counter()
+        assert "names what is no path" in refused(f"hf:{tmp_path / 'insects'}")
+        assert time.perf_counter() - began < 4
+
+
+def test_a_readme_says_which_of_a_folders_own_tables_are_which(tmp_path, offline):
+    own = tmp_path / "insects"
+    table(own, [0, 1, 1, 0, 1], lambda d: d.Value("int64"))
+    (own / "parts").mkdir()
+    (own / "train-00000-of-00001.parquet").rename(own / "parts" / "a.parquet")
+    (own / "test-00000-of-00001.parquet").rename(own / "parts" / "b.parquet")
+    assert "has the splits train" in refused(f"hf:{own}")  # by their names they are all the same
+    named(own, {"train": "parts/a.parquet", "test": ["parts/[b-z].parquet", "parts/none-*"]})
+    data = load_data(f"hf:{own}")
+    assert data.counts.tolist() == [2, 3] and len(data.test) == 5 and data.class_names == ("0", "1")
+    named(own, {"train": "a.parquet", "test": "b.parquet"}, data_dir="parts")
+    assert load_data(f"hf:{own}").fingerprint == data.fingerprint
+    named(own, {"train": "parts/gone.parquet", "test": "parts/b.parquet"})
+    assert "there is no parts/gone.parquet" in refused(f"hf:{own}")
+    kinds = "{names: {'0': ant, '1': bee}}"
+    types = f"[{{name: img, dtype: image}}, {{name: label, dtype: {{class_label: {kinds}}}}}]"
+    files = "[{split: train, path: parts/a.parquet}, {split: test, path: parts/b.parquet}]"
+    text = f"configs: [{{config_name: x, data_files: {files}}}]\ndataset_info: {{config_name: x, features: {types}}}\n"
+    (own / "README.md").write_text(f"---\n{text}---\n")
+    assert load_data(f"hf:{own}").class_names == ("ant", "bee")
+    (own / "README.md").write_text("---\nconfigs: [{config_name: x}, {config_name: y}]\n---\n")
+    assert "has 2 configs, and not one that is the default" in refused(f"hf:{own}")
+
+
+def test_other_files_of_a_folder_of_tables_are_passed_over(tmp_path, offline):
+    """Such as the card of an export, which has no configuration, and Arrow files are tables as well."""
+    own, datasets = tmp_path / "insects", pytest.importorskip("datasets")
+    table(own, [0, 1, 1, 0, 1], classes())
+    plain = load_data(f"hf:{own}")
+    export_set(set_of(), "parquet", tmp_path / "export")
+    (own / "README.md").write_bytes((tmp_path / "export" / "README.md").read_bytes())
+    (own / "record.json").write_text("{}")
+    assert load_data(f"hf:{own}").fingerprint == plain.fingerprint
+    (tmp_path / "arrow").mkdir()
+    for split in ("train", "test"):
+        part = datasets.Dataset.from_parquet(str(own / f"{split}-00000-of-00001.parquet"), cache_dir=tmp_path / "c")
+        part.save_to_disk(tmp_path / split)
+        (arrow,) = (tmp_path / split).glob("*.arrow")
+        arrow.rename(tmp_path / "arrow" / f"{split}.arrow")
+    assert load_data(f"hf:{tmp_path / 'arrow'}").fingerprint == plain.fingerprint
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "train.csv").write_text("a,label\n1,2\n")
+    assert "has no tables; files that end in .parquet or .arrow are needed" in refused(f"hf:{tmp_path / 'csv'}")
 
 
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch, offline):

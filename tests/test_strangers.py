@@ -26,6 +26,8 @@ from test_page import cell, folder_of, spent
 
 import potstill
 from potstill import strict
+from potstill.bench import Bench
+from potstill.benchmark import Benchmark
 from potstill.cli import main
 from potstill.errors import PotstillError, one_line
 from potstill.exchange import HEADER, load
@@ -33,6 +35,7 @@ from potstill.export import export_set
 from potstill.foreign import read
 from potstill.pickles import checked
 from potstill.records import read_json, write_sealed
+from potstill.rows import suites
 from potstill.zoo import cells, rows
 
 HOSTILE = [
@@ -171,6 +174,66 @@ def test_code_from_outside_is_not_run_because_a_file_names_it(tmp_path, capsys, 
     with pytest.raises(PotstillError, match="is not run because a file says so"):
         potstill.evaluate(tmp_path / "s.safetensors", data_of()[0])
     assert not (tmp_path / "planted").exists()
+
+
+ROW = 'method = "dm"\ndata = "digits"\nipc = 1\nsteps = 1\n'
+NAMES = {
+    "method": ("performance", ROW.replace('"dm"', '"evil.part:run"') + "REST"),
+    "network": ("performance", ROW + 'network = "evil.part:run"\nREST'),
+    "networks": ("transfer", ROW + 'networks = ["mlp", "evil.part:run"]\nprotocol = "dc"'),
+    "a setting": ("performance", ROW + 'settings = { "network" = "evil.part:run" }\nREST'),
+    "a setting of a part": ("performance", ROW + 'settings = { init = { kind = ["evil.part:run"] } }\nREST'),
+    "a coreset's setting": ("performance", ROW.replace("dm", "random-soft") + 'settings = {student = "evil.part:run"}\nREST'),
+    "a recording": ("performance", ROW.replace("dm", "mtt") + 'experts = "e"\nREST\n[experts.e]\ndata = "digits"\ncount = 1\nepochs = 1\nnetwork = "evil.part:run"'),
+    "a method of costs": ("cost", 'method = "evil.part:run"\ndata = "digits"\nipc = 1'),
+    "a network of costs": ("cost", 'method = "dm"\ndata = "digits"\nipc = 1\nnetwork = "evil.part:run"'),
+}  # fmt: skip
+
+
+@pytest.fixture
+def evil(tmp_path, monkeypatch):
+    """A package whose import leaves a folder behind."""
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "__init__.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'planted')!r})\n")
+    (tmp_path / "evil" / "part.py").write_text("from potstill.methods import dm as run\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "planted"
+    for name in ("evil", "evil.part"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_code_from_outside_is_not_run_because_a_row_names_it(tmp_path, evil, capsys, kind):
+    table, row = NAMES[kind]
+    row = row.replace("REST", 'networks = ["mlp-w4"]\nprotocol = "dc"')
+    (tmp_path / "rows.toml").write_text(f'title = "t"\ntable = "{table}"\n[[row]]\n{row}\n')
+    command = ["benchmark", str(tmp_path / "rows.toml"), "--out", str(tmp_path / "out"), "--no-zoo"]
+    for more in (["--plan"], [], ["--networks", "mlp-w4"], ["--code", "evil,other,evil.part.run"]):
+        assert main([*command, *more]) == 2
+        said = capsys.readouterr().err.strip()
+        assert "rows.toml asks for 'evil.part:run', which is code from outside" in said and "\n" not in said
+        assert "evil.part" in said.rpartition("--code ")[2].split(",")
+        with pytest.raises(PotstillError, match="is not run because a file says so"):
+            suites(str(tmp_path / "rows.toml"), [])
+    assert not evil.exists() and not (tmp_path / "out").exists()
+
+
+def test_a_row_runs_code_that_the_command_line_names(tmp_path, evil, capsys):
+    row = NAMES["method"][1].replace("REST", 'networks = ["mlp-w4"]\nprotocol = "dc"\nname = "mine"')
+    (tmp_path / "rows.toml").write_text(f'title = "t"\ntable = "performance"\n[[row]]\n{row}\n')
+    command = ["benchmark", str(tmp_path / "rows.toml"), "--out", str(tmp_path / "out"), "--no-zoo", "--plan"]
+    assert main([*command, "--code", "other,evil.part"]) == 0
+    assert "digits/mine/1" in capsys.readouterr().out and evil.exists()
+    (suite,) = suites(str(tmp_path / "rows.toml"), [], ["evil.part"])
+    assert suite.rows[0].method == "evil.part:run" and suite.code == ("evil.part",)
+    work = Benchmark([suite], Bench(tmp_path / "out", zoo=False))
+    (planned,) = work.plan()
+    assert "--code evil.part" in work._command(planned)
+    for wrong in ("evil.part:run", "../evil", ".evil"):
+        assert main([*command, "--code", wrong]) == 2
+        assert f"--code '{wrong}' is no module" in capsys.readouterr().err
+    (tmp_path / "rows.toml").write_text((tmp_path / "rows.toml").read_text().replace("evil.part:run", ".evil:run"))
+    assert main(command) == 2 and "'.evil:run' is no name; package.module:name" in capsys.readouterr().err
 
 
 def test_a_reader_that_is_allowed_to_run_code_would(tmp_path):
@@ -494,18 +557,28 @@ def check_card(card):
     assert card.count("\n---\n") == 1 and card.startswith("---\n")
 
 
-def test_a_card_and_its_set_under_hostile_names(tmp_path):
-    for i, evil in enumerate(HOSTILE):
+def everything(folder):
+    """All files below a folder with their content, and all folders."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def test_a_card_and_its_set_under_hostile_names(tmp_path, monkeypatch):
+    """Nothing acts in the card, and nothing is written or changed beside the folder that was asked for."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # names that are paths would lead from here
+    for i, evil in enumerate([*HOSTILE, "../../up", "../up/", str(tmp_path / "absolute")]):
         made = set_of(class_names=[evil, "b", "c"])
         fields = ("method", "data", "student", "protocol", "software", "fingerprint")
         made.meta = replace(made.meta, **{f: evil for f in fields}, recipe={evil: {evil: evil}, "method": evil})
         made.save(tmp_path / f"{i}.safetensors")
         for to in ("png", "npz"):
             out = tmp_path / f"{to}{i}"
+            before = everything(tmp_path)
             export_set(tmp_path / f"{i}.safetensors", to, out)
+            after = everything(tmp_path)
+            assert {p: c for p, c in after.items() if p.split("/")[0] != out.name} == before
+            assert out.name in after and f"{out.name}/README.md" in after
             check_card((out / "README.md").read_text())
-        before = sorted(p.name for p in tmp_path.iterdir())
-        assert before == sorted(p.name for p in tmp_path.iterdir())
 
 
 def test_words_of_records_and_sets_stay_words_in_a_benchmarks_page(tmp_path):

@@ -126,6 +126,12 @@ def parser() -> Parser:
     b.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/NAME)")
     b.add_argument("--minutes", type=float, help="leave out cells beyond this budget")
     b.add_argument("--networks", default="", metavar="A,B", help="judge with these in place of the rows' own")
+    b.add_argument(
+        "--code",
+        default="",
+        metavar="A,B",
+        help="modules outside of Potstill that rows may name, such as package.module",
+    )
     b.add_argument("--no-zoo", action="store_true", help="make every set, also those that the zoo has")
     b.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
     b.add_argument(

@@ -289,6 +289,7 @@ class Benchmark:
         parts = ["potstill", "benchmark", cell.suite.called, "--only", self.name(cell.suite, cell.row)]
         parts += ["--data", f"{name}={b.exchange[name]}"] if name in b.exchange else []
         parts += ["--networks", ",".join(cell.suite.networks)] if cell.suite.networks else []
+        parts += ["--code", ",".join(cell.suite.code)] if cell.suite.code else []
         return placeless(shlex.join([*parts, *([] if b.zoo or isinstance(cell.row, CostRow) else ["--no-zoo"])]))
 
     def _caught(self, cell: Cell, record: Record, file: Path) -> Record:

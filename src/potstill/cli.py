@@ -114,7 +114,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     if wrong := [name for name, other in exchange.items() if not name or not other]:
         raise PotstillError(f"--data {wrong[0]}: NAME=OTHER is needed, such as cifar10=hf:cifar10-jpeg75")
     home = shipped("benchmarks")
-    found = suites(args.name, [home / "rows"] if home else [])
+    found = suites(args.name, [home / "rows"] if home else [], listed(args.code))
     if students := listed(args.networks):
         found = [suite.judged_with(students) for suite in found]
     bench = Bench(

@@ -319,6 +319,6 @@ LOADERS: dict[str, Callable[[Path], Data]] = {
 FORMS = {
     "FILE.npz": "Arrays x_train, y_train, x_test, y_test.",
     "FOLDER": "Images in train/<class>/ and test/<class>/ or val/<class>/.",
-    "hf:FOLDER": "Tables such as Parquet, through the library `datasets` (pip install 'potstill[hf]').",
+    "hf:FOLDER": "Tables (Parquet, Arrow), through the library `datasets` (pip install 'potstill[hf]').",
     "hf:OWNER/NAME": "A repository, through the same library.",
 }

@@ -8,6 +8,7 @@ decoded is found by its hashes, and not decoded anew; a second process waits for
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -38,6 +39,7 @@ MAPPED_SHARE = 0.25  # of the machine's memory: larger inputs are mapped, not re
 MAPPED = 64 << 20  # and so are those of more bytes than this
 MARK = 16  # bytes of the hash of decoded pictures
 CHANNELS = {"1": "L", "L": "L", "RGB": "RGB", "RGBA": "RGBA"}
+NO_RESERVING = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)  # of a file system
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 FILES = ("train-inputs.npy", "train-labels.npy", "test-inputs.npy", "test-labels.npy")
 
@@ -219,12 +221,37 @@ def _begun(work: Path) -> bool:
 
 
 def _opened(file: Path, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    """A file of bytes in this shape, mapped: the one that is there, if it is such a one."""
+    """A file of bytes in this shape, mapped: the one that is there, if it is such a one.
+
+    Raises:
+        OSError: The disk has no room for it.
+    """
+    made = None
     with suppress(OSError, ValueError):
         found = np.lib.format.open_memmap(file, mode="r+")
         if found.shape == shape and found.dtype == np.uint8:
-            return found
-    return np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+            made = found
+    if made is None:
+        made = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+    _reserve(file)
+    return made
+
+
+def _reserve(file: Path) -> None:
+    """Take the room that a file's size promises: a full disk is an error here, but a signal that kills the process where
+    a page of a mapped file is written to and finds none.
+
+    Raises:
+        OSError: There is not as much.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS, Windows
+        return
+    with file.open("rb+") as handle:
+        try:
+            os.posix_fallocate(handle.fileno(), 0, max(os.fstat(handle.fileno()).st_size, 1))
+        except OSError as error:
+            if error.errno not in NO_RESERVING:
+                raise
 
 
 def _open(folder: Path) -> Decoded | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ class Recording:
 @dataclass(frozen=True)
 class Suite:
     """The rows of one file; `called` is what `potstill benchmark` takes to find them, `networks` what was asked for in
-    place of the rows' own."""
+    place of the rows' own, `code` the modules from outside that they may name."""
 
     name: str
     title: str
@@ -146,6 +146,7 @@ class Suite:
     experts: Mapping[str, Recording]
     called: str
     networks: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
 
     def judged_with(self, networks: Sequence[str]) -> Suite:
         """The same rows with other students, such as narrow ones where the rows' own are beyond the machine.
@@ -172,16 +173,20 @@ class Suite:
         return replace(self, rows=rows, networks=tuple(networks))
 
 
-def suites(name: str, places: Sequence[Path]) -> list[Suite]:
+def suites(name: str, places: Sequence[Path], code: Sequence[str] = ()) -> list[Suite]:
     """The suites of a name, or the one of a file.
 
     Args:
         name: A `.toml` file, or a name: `quick` stands for `quick.toml` and all `quick-*.toml`.
         places: Folders in which names are looked for; the first that has it wins.
+        code: Modules outside of Potstill that the rows may name, and that are imported where they do.
 
     Raises:
-        PotstillError: No such name or file, or mistakes in it, all of them in one message.
+        PotstillError: No such name or file, code that is not in `code`, or mistakes in it, all of them in one message.
     """
+    for module in code:
+        if not _is_module(module):
+            raise PotstillError(f"--code {module[:80]!r} is no module; package.module[,other] is needed")
     if name.endswith(".toml"):
         found = [Path(name)]
     else:
@@ -194,7 +199,7 @@ def suites(name: str, places: Sequence[Path]) -> list[Suite]:
     mistakes: list[str] = []
     for file in found:
         try:
-            suite, wrong = read(file, own=name.endswith(".toml"))
+            suite, wrong = read(file, own=name.endswith(".toml"), code=code)
         except PotstillError:
             raise
         except (OSError, ValueError) as error:
@@ -208,12 +213,16 @@ def suites(name: str, places: Sequence[Path]) -> list[Suite]:
     return read_
 
 
-def read(file: Path, own: bool = True) -> tuple[Suite, list[str]]:
+def read(file: Path, own: bool = True, code: Sequence[str] = ()) -> tuple[Suite, list[str]]:
     """A file's suite, and what is wrong with it: one line each, rows counted from 1.
 
     Args:
         file: The file.
         own: Whether it is called by its path and not by a name.
+        code: As for `suites`.
+
+    Raises:
+        PotstillError: Code from outside that is not in `code`.
     """
     plain = read_toml(file)
     mistakes: list[str] = []
@@ -242,22 +251,63 @@ def read(file: Path, own: bool = True) -> tuple[Suite, list[str]]:
             wrong(f"experts '{name}': {line}")
         if made is not None:
             experts[name] = made
-    rows: list[Row | CostRow] = []
-    cells: set[str] = set()
+    made_rows: list[tuple[str, Row | CostRow]] = []
     for i, entry in enumerate(given):
         at = f"row {i + 1}" + (f" ({entry['method']})" if isinstance(entry, Mapping) and "method" in entry else "")
         row, lines = make(CostRow if table == "cost" else Row, entry)
         for line in lines:
             wrong(f"{at}: {line}")
-        if row is None:
-            continue
+        if row is not None:
+            made_rows.append((at, row))
+    _check_code(file, [*experts.values(), *(row for _, row in made_rows)], code)
+    rows: list[Row | CostRow] = []
+    cells: set[str] = set()
+    for at, row in made_rows:
         for line in faults(row, experts):
             wrong(f"{at}: {line}")
         if row.cell in cells:
             wrong(f"{at}: a second row for {row.cell}")
         cells.add(row.cell)
         rows.append(row)
-    return Suite(file.stem, str(title), str(table), tuple(rows), experts, file.name if own else file.stem), mistakes
+    called = file.name if own else file.stem
+    return Suite(file.stem, str(title), str(table), tuple(rows), experts, called, code=tuple(code)), mistakes
+
+
+def _is_module(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in plain values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
+
+
+def _check_code(file: Path, entries: Sequence[Row | CostRow | Recording], code: Sequence[str]) -> None:
+    """Refuse code from outside that a file and not the user asks for, before anything of it is imported.
+
+    Raises:
+        PotstillError: A `package.module:name` of a module that the user has not named.
+    """
+    found: list[str] = []
+    for entry in entries:
+        found += [entry.network] if isinstance(entry, Recording) else [entry.method, entry.network]
+        found += [] if isinstance(entry, Recording) else list(_texts(entry.settings))
+        found += list(entry.networks) if isinstance(entry, Row) else []
+    strange = [name for name in dict.fromkeys(found) if ":" in name and name.partition(":")[0] not in code]
+    if not strange:
+        return
+    if wrong := [name for name in strange if not _is_module(name.partition(":")[0])]:
+        raise PotstillError(f"{file.name}: {wrong[0][:80]!r} is no name; package.module:name is needed")
+    modules = list(dict.fromkeys(name.partition(":")[0] for name in strange))
+    more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+    raise PotstillError(
+        f"{file.name} asks for {strange[0][:80]!r}{more}, which is code from outside and is not run because a file says so; "
+        f"if you trust it: --code {','.join([*code, *modules])[:400]}"
+    )
 
 
 def make(cls: type, plain: Any) -> tuple[Any, list[str]]:

@@ -1,10 +1,14 @@
-"""Tables of images through the `datasets` library (extra `hf`): it reads rows, class names and splits; we decode."""
+"""Tables of images through the `datasets` library (extra `hf`): it reads rows, class names and splits; we decode.
+
+Of a folder it is given each file by its name: left alone it follows a README to any path and address.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ from .pictures import Listing, Odd, Pictures
 LABELS = ("label", "labels", "fine_label", "class", "target", "y")
 TESTS = ("test", "validation", "valid", "val")
 FILES = (".parquet", ".arrow")
+METADATA = ("README.md", "dataset_infos.json")  # with splits and class names
 
 
 def is_one(path: Path) -> bool:
@@ -40,16 +45,17 @@ def stamp_of_parts(parts: Any) -> list[list[Any]]:
     return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
-def fetch(where: str, name: str, cache: Path | None = None) -> Any:
+def fetch(where: str, name: str, cache: Path | None = None, folder: Path | None = None) -> Any:
     """All splits of a folder or repository.
 
     Args:
-        where: The folder's path or the repository's name.
+        where: The repository's name, where no folder is given.
         name: For messages.
         cache: Where the library writes; its own place if absent.
+        folder: Of tables; nothing outside of it is read.
 
     Raises:
-        PotstillError: The library is not there, or cannot read this.
+        PotstillError: The library is not there, or cannot read this; a folder's file that lies outside of it.
     """
     try:
         import datasets
@@ -58,7 +64,10 @@ def fetch(where: str, name: str, cache: Path | None = None) -> Any:
     quiet = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(where, cache_dir=None if cache is None else str(cache))
+        more = {} if folder is None else _named(folder.resolve(), name)
+        return datasets.load_dataset(**{"path": where, **more}, cache_dir=None if cache is None else str(cache))
+    except PotstillError:
+        raise
     except Exception as error:  # whatever the library and its readers raise
         raise PotstillError(f"{name} cannot be read ({type(error).__name__}: {first_line(error)})") from error
     finally:
@@ -66,13 +75,112 @@ def fetch(where: str, name: str, cache: Path | None = None) -> Any:
             datasets.enable_progress_bars()
 
 
+def _named(folder: Path, name: str) -> dict[str, Any]:
+    """What the library is told of a folder: the kind of its tables, the files of each split, types if its README has them.
+
+    Args:
+        folder: The folder, resolved.
+        name: For messages.
+
+    Raises:
+        PotstillError: A README that names what lies outside of the folder, a link there, or no table.
+    """
+    from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns, resolve_pattern
+    from datasets.info import DatasetInfosDict
+
+    for file in METADATA:
+        _inside(folder, folder / file, name)
+    title, config = _config(folder, name)
+    base = folder / _within(config.get("data_dir") or ".", name)
+    given = config.get("data_files")
+    patterns = _patterns(given, name) if given else get_data_patterns(base.as_posix())
+    found: dict[str, list[str]] = {}
+    for split, of_split in patterns.items():
+        for pattern in of_split:
+            files = _matching(resolve_pattern, pattern, base)
+            found.setdefault(str(split), []).extend(_inside(folder, file, name).as_posix() for file in files)
+    kinds = Counter(Path(file).suffix for files in found.values() for file in files)
+    if not kinds:
+        raise PotstillError(f"{name} has no tables; files that end in {' or '.join(FILES)} are needed")
+    kind = kinds.most_common(1)[0][0]
+    kept = {split: [f for f in dict.fromkeys(files) if f.endswith(kind)] for split, files in found.items()}
+    # lists of the library's own kind are taken as they are, not as patterns once more
+    named = DataFilesDict({s: DataFilesList(files, _ages(files)) for s, files in kept.items() if files})
+    infos = DatasetInfosDict.from_directory(str(folder))
+    info = infos.get(title) or (next(iter(infos.values())) if title is None and len(infos) == 1 else None)
+    return {"path": kind[1:], "data_files": named, "features": None if info is None else info.features}
+
+
+def _config(folder: Path, name: str) -> tuple[str | None, Mapping[str, Any]]:
+    """Name and fields of the configuration of a README that counts, as the library chooses it; none where it has none."""
+    from huggingface_hub import DatasetCard
+
+    if not (readme := folder / METADATA[0]).is_file():
+        return None, {}
+    configs = DatasetCard.load(readme).data.to_dict().get("configs") or []
+    if not isinstance(configs, list) or not all(isinstance(c, Mapping) for c in configs):
+        raise PotstillError(f"{name}: the configs of {METADATA[0]} are no list of tables")
+    chosen = [c for c in configs if c.get("default")] or [c for c in configs if c.get("config_name") == "default"]
+    chosen = chosen or configs
+    if len(chosen) > 1:
+        raise PotstillError(f"{name}: {METADATA[0]} has {len(configs)} configs, and not one that is the default")
+    return (str(chosen[0].get("config_name")), chosen[0]) if chosen else (None, {})
+
+
+def _patterns(given: Any, name: str) -> dict[str, list[str]]:
+    """Patterns of the files of each split, as a configuration has them: words, or a table for each split."""
+    by_split = isinstance(given, list) and all(
+        isinstance(g, Mapping) and isinstance(g.get("split"), str) for g in given
+    )
+    found: dict[str, list[str]] = {}
+    for split, path in [(g["split"], g.get("path")) for g in given] if by_split else [("train", given)]:
+        found[split] = [_within(p, name) for p in (path if isinstance(path, list) else [path])]
+    return found
+
+
+def _within(pattern: Any, name: str) -> str:
+    """A pattern of file names, if it can lead nowhere but down."""
+    # a colon begins an address, also one without slashes (file:etc), or a file in an archive
+    good = isinstance(pattern, str) and pattern.isprintable() and not pattern.startswith(("/", "\\", "~"))
+    if not good or ":" in pattern or ".." in PureWindowsPath(pattern).parts:
+        said = repr(pattern[:120]) if isinstance(pattern, str) else "what is no path"
+        raise PotstillError(f"{name}: {METADATA[0]} names {said}; no file outside of the data set's folder is read")
+    return str(pattern)
+
+
+def _matching(resolve: Any, pattern: str, base: Path) -> Iterable[Path]:
+    """The tables below a folder that fit a pattern."""
+    try:
+        return [Path(file) for file in resolve(pattern, base.as_posix()) if Path(file).suffix in FILES]
+    except FileNotFoundError as error:
+        if any(c in pattern for c in "*?["):
+            return []
+        raise FileNotFoundError(f"there is no {pattern}") from error
+
+
+def _inside(folder: Path, file: Path, name: str) -> Path:
+    """A file that does not lie outside of its folder, links followed."""
+    if not file.resolve().is_relative_to(folder):
+        raise PotstillError(
+            f"{name}: {str(file.relative_to(folder))[:120]!r} is a link out of the data set's folder; put the files themselves there"
+        )
+    if "::" in str(file):
+        raise PotstillError(f"{name}: the path of {file.name!r} has '::' in it, which the library takes for an address")
+    return file
+
+
+def _ages(files: Sequence[str]) -> list[tuple[str, ...]]:
+    """What the library tells one state of files from another by."""
+    return [(file, str(os.stat(file).st_mtime_ns)) for file in files]
+
+
 def read(folder: Path, name: str, scratch: Path) -> Listing:
     """The pictures of a folder of tables.
 
     Raises:
-        PotstillError: See `listing_of`.
+        PotstillError: See `fetch` and `listing_of`.
     """
-    return listing_of(fetch(str(folder), name, scratch), name, folder)
+    return listing_of(fetch(str(folder), name, scratch, folder), name, folder)
 
 
 def listing_of(parts: Any, name: str, folder: Path | None) -> Listing:
