@@ -5,9 +5,9 @@ links to them under other names, so the folder is small on disk and the cache is
 pictures of 64 x 64 pixels in 1,000 classes, which lie in a mapped file.
 
 The measure is resident anonymous memory (RssAnon), read from /proc/PID/status every few milliseconds by this process; a process
-that takes more than the budget is ended, and the script fails.
+that takes more than the limit, trials included, is ended, and the script fails.
 
-python benchmarks/larger_than_memory.py folder|classes [--gib 6] [--memory 2GiB] [--steps 2] [--work DIR]
+python benchmarks/larger_than_memory.py folder|classes [--gib 6] [--memory 2GiB] [--limit 2GiB] [--steps 2] [--work DIR]
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("what", choices=("folder", "classes"))
     parser.add_argument("--gib", type=float, default=6.1, help="decoded, of `folder` (default: 6.1)")
     parser.add_argument("--memory", default="2GiB", help="budget (default: 2GiB)")
+    parser.add_argument("--limit", help="what no process may take, its trials included (default: that of --memory)")
     parser.add_argument("--steps", type=int, default=1, help="of each method (default: 1)")
     parser.add_argument("--work", type=Path, help="keep pictures and cache there, and use what is there")
     parser.add_argument("--network", default="convnet-w8", help="(default: convnet-w8)")
@@ -140,7 +141,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    budget = size_of(args.memory)
+    budget = size_of(args.limit or args.memory)
     with nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
