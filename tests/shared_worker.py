@@ -23,6 +23,7 @@ from potstill.methods import METHODS
 from potstill.objectives import DistributionMatching, Net
 from potstill.parallel import Group, Sharing, joined
 from potstill.recipe import change
+from potstill.recorder import Recorder
 from potstill.still import Settings, Still
 from potstill.testing import toy
 
@@ -201,8 +202,7 @@ def runs(group, out, found):
         run("whole", resume=True, parallel="batch")
     except potstill.PotstillError as error:
         found["other"] = str(error)
-    dm = {"method": "dm", "parallel": None, "settings": SMALL}
-    found["batch"] = run("batch", **dm).record["choices"]["parallel"]
+    found["batch"] = run("batch", **{**BATCH, "parallel": None}).record["choices"]["parallel"]
     short = {"objective.steps": 2, "source.span": 1, "source.max_start": 1, "looks": 1, **NETWORK}
     mtt = change(METHODS["mtt"]("small"), short)
     made = run("mtt", 3, method=mtt, parallel=None, experts=out / "two", settings={})
@@ -211,21 +211,22 @@ def runs(group, out, found):
 
 
 POOL = {"source.size": 2, "source.lifetime": 3}
+BATCH = {"method": "dm", "parallel": "batch", "settings": SMALL}
+RECORDING = {"count": 3, "epochs": 2, "network": "convnet-w8", "batch": 8}
 
 
 def recordings(group, out):
     """Experts: three by two processes, and by one."""
-    options = {"count": 3, "epochs": 2, "network": "convnet-w8", "batch": 8}
-    experts.record(toy(), out=out / "two", group=group, **options)
+    experts.record(toy(), out=out / "two", group=group, **RECORDING)
     if group.leads:
-        experts.record(toy(), out=out / "one", **options)
+        experts.record(toy(), out=out / "one", **RECORDING)
     first = experts.record
 
     def cut(*args, **rest):
         return first(*args, **{**rest, "count": 1})
 
-    cut(toy(), out=out / "resumed", group=group, **options)
-    experts.record(toy(), out=out / "resumed", group=group, resume=True, **options)
+    cut(toy(), out=out / "resumed", group=group, **RECORDING)
+    experts.record(toy(), out=out / "resumed", group=group, resume=True, **RECORDING)
 
 
 def evaluations(group, whole, found):
@@ -256,17 +257,39 @@ def compare(group, out):
     )
 
 
-def killed(group, out):
-    """The run `whole` once more; rank 1 kills itself without warning in mid-run, and torchrun starts both again."""
+def dies(group, at, number):
+    """Rank 1 kills itself without warning at this step of the run of this number, if it is the first time."""
+    if at == 5 and group.rank == 1 and restarts() == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(group, out, number, name, **options):
+    """A run once more, in which rank 1 dies; torchrun starts both processes again."""
     good = Still.step
 
-    def dies(self, now, step):
-        if step == 5 and group.rank == 1 and restarts() == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def step(self, now, step):
+        dies(group, step, number)
         return good(self, now, step)
 
-    Still.step = dies
-    distilled(group, out, "killed", say=lambda line: print(line, flush=True))
+    Still.step = step
+    distilled(group, out, name, say=lambda line: print(line, flush=True) if "resumed" in line else None, **options)
+    Still.step = good
+
+
+def killed_recording(group, out, number):
+    """The recording once more; rank 1 dies in the second epoch of its first expert."""
+    good = Recorder.go_on
+
+    def go_on(self, now):
+        if restarts() > number:
+            print(f"rank {group.rank} goes on with expert {now.expert} at step {now.step}", flush=True)
+        for after in good(self, now):
+            dies(group, after.step, number)
+            yield after
+
+    Recorder.go_on = go_on
+    experts.record(toy(), out=out / "killed-experts", group=group, **RECORDING)
+    Recorder.go_on = good
 
 
 def mistaken(group, out):
@@ -281,11 +304,17 @@ def mistaken(group, out):
 
 
 def main(out):
-    """All of it in one start and one restart."""
+    """All of it in one start and a restart for each death: what ended before is not begun again."""
+    deaths = [
+        lambda number: killed(group, out, number, "killed"),
+        lambda number: killed(group, out, number, "killed-batch", **BATCH),
+        lambda number: killed_recording(group, out, number),
+    ]
     with joined() as group:
         if not restarts():
             compare(group, out)
-        killed(group, out)
+        for number in range(max(restarts() - 1, 0), len(deaths)):
+            deaths[number](number)
         sys.exit(mistaken(group, out))
 
 

@@ -20,6 +20,7 @@ from potstill.budget import FIRST, MOST, TooLittle, choose, size_of
 from potstill.cli import main
 from potstill.errors import PotstillError
 from potstill.estimate import live_peak
+from potstill.experts import record
 from potstill.functional import Key, tree_map
 from potstill.measure import Anonymous, Clock, anonymous_bytes
 from potstill.methods import METHODS
@@ -28,6 +29,7 @@ from potstill.recipe import change
 from potstill.recompute import in_rows
 from potstill.still import Settings, Still
 from potstill.testing import toy
+from potstill.trajectories import Trajectories
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is told on Linux only")
 MIB = 1 << 20
@@ -50,16 +52,28 @@ class Double:
 @pytest.fixture
 def exact(monkeypatch):
     """Toy data and networks in float64."""
-    init = Network.init
+    init, state = Network.init, Trajectories.state
     monkeypatch.setattr(Network, "init", lambda self, key: State(*double(tuple(init(self, key)))))
+    monkeypatch.setattr(Trajectories, "state", lambda self, *which: State(*double(tuple(state(self, *which)))))
     data = toy()
     return replace(data, transform=Double(data.transform))
 
 
-def bound(data, method, norm, rows, **more):
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """Two experts in float32, as files have them."""
+    out = tmp_path_factory.mktemp("experts") / "e"
+    record(toy(), out=out, network="convnet-instance-w4", count=2, epochs=2, batch=8, compile="off")
+    return out
+
+
+def bound(data, method, norm, rows, recorded, **more):
     """A run on 1, 2 and 3 images per class with 13 real samples (of classes of 12, 9 and 7), and its first step."""
-    options = {"network": f"convnet-{norm}-w4", "student": "mlp-w8", "objective.real": 13, **more}
-    recipe = change(METHODS[method]("small"), options)
+    recipe = change(METHODS[method]("small"), {"network": f"convnet-{norm}-w4", "student": "mlp-w8", **more})
+    if method == "mtt":
+        recipe = replace(recipe, source=replace(recipe.source, folder=str(recorded)))
+    else:
+        recipe = change(recipe, {"objective.real": 13})
     still = Still(data, Settings(recipe, [1, 2, 3], 0, 0.0, 8, "cpu", False, "fp32", 1, rows))
     made = still.synthetic
     still.synthetic = lambda learned: replace(made(learned), fixed=double(made(learned).fixed), mask=made(learned).mask.double())  # fmt: skip
@@ -72,17 +86,18 @@ def bound(data, method, norm, rows, **more):
 CASES = [
     ("dm", "instance", {}), ("dm", "batch", {}), ("dc", "instance", {}), ("dc", "batch", {}), ("dsa", "instance", {}),
     ("dd", "instance", {"objective.steps": 3}), ("frepo", "instance", {}), ("kip", "instance", {}),
+    ("mtt", "instance", {"objective.steps": 3, "objective.batch": 5, "source.max_start": 1, "source.span": 1}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("method", "norm", "more"), CASES)
-def test_the_gradient_of_a_step_in_parts_is_that_of_the_whole(exact, method, norm, more):
+def test_the_gradient_of_a_step_in_parts_is_that_of_the_whole(recorded, exact, method, norm, more):
     """In float64, whatever the parts are: of unequal length, of classes with fewer samples than asked for, of one sample."""
-    still, now, net, real, draws = bound(exact, method, norm, 0, **more)
+    still, now, net, real, draws = bound(exact, method, norm, 0, recorded, **more)
     loss, grads, _ = still.value_and_grad(now, still.target(net, real, draws), net, draws)
     assert set(grads) == set(still.settings.recipe.learn)
     for rows in (1, 2, 5, 8):
-        still, now, net, real, draws = bound(exact, method, norm, rows, **more)
+        still, now, net, real, draws = bound(exact, method, norm, rows, recorded, **more)
         assert real is None or isinstance(real.inputs, split.Drawn)
         value, found, _ = split.value_and_grad(still, now, net, real, draws)
         assert float(value) == pytest.approx(float(loss), rel=1e-12), rows

@@ -29,7 +29,7 @@ def shared(tmp_path_factory):
     """One start of two processes for everything that is compared: their folder, findings by rank, and what was printed."""
     folder = tmp_path_factory.mktemp("shared")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    command += ["--nproc-per-node", "2", "--max-restarts", "1", str(WORKER), str(folder)]
+    command += ["--nproc-per-node", "2", "--max-restarts", "3", str(WORKER), str(folder)]
     own = {"PYTHONPATH": str(Path(potstill.__file__).parents[1]), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=os.environ | own)
     assert (folder / "rank1.json").is_file(), done.stdout + done.stderr
@@ -68,12 +68,23 @@ def test_a_resumed_run_ends_as_another_whatever_the_ranks_have_of_their_own(shar
     assert (folder / "cut" / "set.safetensors").read_bytes() == (folder / "whole" / "set.safetensors").read_bytes()
 
 
-def test_a_worker_killed_without_warning_comes_back_and_the_set_is_the_same(shared):
+@pytest.mark.parametrize(
+    ("killed", "whole"), [("killed", "whole"), ("killed-batch", "batch")], ids=["networks", "batch"]
+)
+def test_a_worker_killed_without_warning_comes_back_and_the_set_is_the_same(shared, killed, whole):
     folder, _, done = shared
-    assert "exitcode: -9" in done.stderr and "resumed at step 5 of 9" in done.stdout
-    assert (folder / "killed" / "set.safetensors").read_bytes() == (folder / "whole" / "set.safetensors").read_bytes()
-    kept, whole = (json.loads((folder / name / "record.json").read_text()) for name in ("killed", "whole"))
-    assert kept["curve"] == whole["curve"] and kept["looks"] == whole["looks"]
+    assert done.stderr.count("exitcode: -9") == 3 and done.stdout.count("resumed at step 5 of 9") == 2
+    assert (folder / killed / "set.safetensors").read_bytes() == (folder / whole / "set.safetensors").read_bytes()
+    kept, undisturbed = (json.loads((folder / name / "record.json").read_text()) for name in (killed, whole))
+    assert kept["curve"] == undisturbed["curve"] and kept["looks"] == undisturbed["looks"]
+
+
+def test_a_recording_whose_worker_is_killed_ends_with_the_same_experts(shared):
+    """Each rank goes on from its own checkpoint."""
+    folder, _, done = shared
+    assert "rank 1 goes on with expert 1 at step 4" in done.stdout
+    kept, whole = ({p.name: p.read_bytes() for p in (folder / name).iterdir()} for name in ("killed-experts", "one"))
+    assert kept == whole
 
 
 def test_a_time_budget_is_one_number_of_steps(shared):

@@ -1,6 +1,6 @@
 """Kill -9 at random moments: every file reads whole after each, and what is gone on with ends as if nothing had been.
 
-    python tests/faults/kill.py distill|experts|benchmark [--count 50] [--seed 0]
+    python tests/faults/kill.py distill|experts|benchmark [--count 50] [--seed 0] [--method dm]
 
 The command is the real one at toy size, in a process that is forked from one with everything imported, so that a start
 costs nothing and the moments fall where there is work. A run is killed, resumed, and killed again with each new moment,
@@ -82,12 +82,20 @@ repeats = 2
 """
 
 
-def command(what: str, room: Path, name: str) -> list[str]:
+POOLED = (
+    "frepo",
+    "dc",
+    "dsa",
+)  # networks that are trained on S and retired: a small pool of short lives, so that a run sees both
+
+
+def command(what: str, room: Path, name: str, method: str) -> list[str]:
     """The command line; it is the same for the first start and the others, where the command allows it."""
     out, usual = ["--out", str(room / name)], ["--compile", "off"]
     if what == "distill":
-        return ["distill", "digits", "--network", "convnet-w8", "--steps", "24", "--preset", "small", "--set", "looks=3", "--set",
-                "objective.real=8", "--no-evaluate", "--resume", *usual, *out]  # fmt: skip
+        pool = ["--set", "source.size=2", "--set", "source.lifetime=5"] if method in POOLED else []
+        return ["distill", "digits", "--method", method, "--network", "convnet-w8", "--steps", "24", "--preset", "small", "--set", "looks=3",
+                "--set", "objective.real=8", *pool, "--no-evaluate", "--resume", *usual, *out]  # fmt: skip
     if what == "experts":
         return ["experts", "digits", "--network", "convnet-batch-w8", "--count", "3", "--epochs", "2", "--batch", "512", "--momentum",
                 "0.9", "--resume", *usual, *out]  # fmt: skip
@@ -191,7 +199,11 @@ def main() -> int:
     ask.add_argument("what", choices=("distill", "experts", "benchmark"))
     ask.add_argument("--count", type=int, default=50)
     ask.add_argument("--seed", type=int, default=0)
+    ask.add_argument("--method", choices=("dm", *POOLED), help="of a distillation; dm unless given")
     args = ask.parse_args()
+    if args.method and args.what != "distill":
+        ask.error(f"--method is for distill; {args.what} has methods of its own")
+    method, named = args.method or "dm", {"method": args.method} if args.method else {}
     for module in (
         benchmark,
         outcome,
@@ -210,14 +222,14 @@ def main() -> int:
     os.environ["POTSTILL_CACHE"] = str(room / "cache")
     log, told = room / "log", {"kills": 0, "runs": 0, "files_read": 0, "half_written_left": 0}
     try:
-        finish(command(args.what, room, "warm"), log)
-        took = finish(command(args.what, room, "whole"), log)
+        finish(command(args.what, room, "warm", method), log)
+        took = finish(command(args.what, room, "whole", method), log)
         wanted = contents(args.what, room / "whole")
         if not wanted:
             raise SystemExit("the undisturbed run left nothing to compare")
         while told["kills"] < args.count:
             name = f"run{told['runs']}"
-            line, folder = command(args.what, room, name), room / name
+            line, folder = command(args.what, room, name, method), room / name
             while told["kills"] < args.count and killed(line, log, draw.uniform(0, took)):
                 told["kills"] += 1
                 for file in (p for p in folder.rglob("*") if p.is_file()):
@@ -239,7 +251,7 @@ def main() -> int:
             shutil.rmtree(folder)
     finally:
         shutil.rmtree(room, ignore_errors=True)
-    print(json.dumps({"what": args.what, **told, "survived": told["kills"], "undisturbed_seconds": round(took, 2),
+    print(json.dumps({"what": args.what, **named, **told, "survived": told["kills"], "undisturbed_seconds": round(took, 2),
                       "seconds": round(time.monotonic() - begin)}), flush=True)  # fmt: skip
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jinja2
 import pytest
 from kill import read_whole
 from toyruns import Bar, bytes_of, everything, interrupt, record, run, save_npz, short  # noqa: F401
 
-from potstill import cli, outputs, recorder, records, sealed
+from potstill import cli, compiling, outputs, recorder, records, sealed
 from potstill.bench import Bench
 from potstill.benchmark import Benchmark
 from potstill.cli import main
@@ -202,12 +204,28 @@ def test_a_real_process_that_is_asked_to_end(tmp_path):
 # --- a full disk, a place that cannot be written
 
 
-def failing(monkeypatch, at):
-    """Let the write of this number fail: there is no room for a new file, for its content, or it cannot be put in place."""
+WAYS = [(place, number) for place in ("open", "content", "place") for number in (errno.ENOSPC, errno.EROFS)]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Hundreds of runs that fail stay cheap: nothing waits for the disk, no operations are counted, a page is compiled once."""
+    compiled, compile = {}, jinja2.Environment.compile
+
+    def once(self, source, *arguments, **options):
+        if source not in compiled:
+            compiled[source] = compile(self, source, *arguments, **options)
+        return compiled[source]
+
+    monkeypatch.setattr(jinja2.Environment, "compile", once)
+    monkeypatch.setattr(compiling, "count_flops", lambda function: 0.0)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def failing(monkeypatch, at, way, number):
+    """Let the write of this number fail: a new file cannot be opened, has no room for its content, or cannot be put in place."""
     calls = [0]
     mkstemp, fsync, rename = tempfile.mkstemp, os.fsync, os.replace
-    number = (errno.ENOSPC, errno.EROFS)[at % 2]
-    way = ("open", "content", "place")[at % 3]
 
     def fails(here):
         if calls[0] - 1 == at and way == here:
@@ -236,29 +254,34 @@ def failing(monkeypatch, at):
 
 
 @pytest.mark.parametrize("make", [run, record])
-def test_each_write_in_turn_fails_and_nothing_is_lost(tmp_path, make):
-    options = {"steps": 2} if make is run else {"epochs": 1}
+def test_each_write_in_turn_fails_and_nothing_is_lost(tmp_path, quick, make):
+    """Each at each place, for want of room and of permission."""
+    options = {"steps": 2, "compile": "off"} if make is run else {"epochs": 1}
     make(tmp_path / "whole", **options)
-    wanted, k, said = bytes_of(tmp_path / "whole"), 0, set()
-    while True:
-        out = tmp_path / f"fails{k}"
-        with pytest.MonkeyPatch.context() as patch:
-            calls = failing(patch, k)
-            try:
-                make(out, **options)
-            except Unwritable as error:
-                said.add(str(error).partition(" cannot be written")[0])
-                assert "\n" not in str(error) and ("No space left" in str(error) or "Read-only" in str(error))
-            else:
-                assert calls[0] <= k
-                break
-        for file in out.iterdir():
-            assert not file.name.startswith("."), f"write {k} leaves {file.name}"
-            read_whole(file)
-        make(out, resume=True, **options)
-        assert bytes_of(out) == wanted, f"write {k}"
-        k += 1
-    print(f"{make.__name__}: {k} writes failed in turn")  # for docs/reliability.md
+    wanted, k, said, ended = bytes_of(tmp_path / "whole"), 0, set(), False
+    while not ended:
+        for way, number in WAYS:
+            out = tmp_path / f"fails{k}-{way}-{number}"
+            with pytest.MonkeyPatch.context() as patch:
+                calls = failing(patch, k, way, number)
+                try:
+                    make(out, **options)
+                except Unwritable as error:
+                    said.add(str(error).partition(" cannot be written")[0])
+                    assert "\n" not in str(error) and f"({os.strerror(number)})" in str(error)
+                else:
+                    assert calls[0] <= k
+                    ended = True
+                    break
+            for file in out.iterdir():
+                assert not file.name.startswith("."), f"write {k}, {way}, leaves {file.name}"
+                read_whole(file)
+            make(out, resume=True, **options)
+            assert bytes_of(out) == wanted, f"write {k}, {way}"
+            shutil.rmtree(out)
+        else:
+            k += 1
+    print(f"{make.__name__}: {k} writes failed in turn, each in {len(WAYS)} ways")  # for docs/reliability.md
     names = (
         "set.safetensors",
         "snapshots.safetensors",
@@ -271,7 +294,7 @@ def test_each_write_in_turn_fails_and_nothing_is_lost(tmp_path, make):
     assert said == (set(names) if make is run else {"experts.json", sealed.CHECKPOINT, "expert-000.safetensors", "expert-001.safetensors"})  # fmt: skip
 
 
-def test_each_write_of_a_benchmark_in_turn_fails_and_nothing_is_lost(tmp_path, monkeypatch):
+def test_each_write_of_a_benchmark_in_turn_fails_and_nothing_is_lost(tmp_path, monkeypatch, quick):
     monkeypatch.setitem(PROTOCOLS, "dc", replace(PROTOCOLS["dc"], epochs=2, steps=0))
     save_npz(tmp_path / "toy.npz")
     (tmp_path / "mine.toml").write_text(CELL.replace("steps = 6", "steps = 1"))
@@ -287,24 +310,27 @@ def test_each_write_of_a_benchmark_in_turn_fails_and_nothing_is_lost(tmp_path, m
     wanted = cell(tmp_path / "whole")
     assert wanted[0] == "done"
     k, fates = 0, []
-    while True:
-        out = tmp_path / f"fails{k}"
-        with pytest.MonkeyPatch.context() as patch:
-            calls = failing(patch, k)
-            try:
-                fate = cell(out)
-            except Unwritable as error:
-                fate = ("stopped", str(error), [])
-        fates.append(fate[0])
-        if calls[0] <= k:
-            break
-        assert fate[0] in ("failed", "stopped") and "cannot be written" in fate[1], f"write {k}: {fate}"
-        for file in (p for p in out.rglob("*") if p.is_file()):
-            assert not file.name.startswith(".")
-            read_whole(file)
-        assert cell(out) == wanted
-        k += 1
-    print(f"benchmark: {k} writes failed in turn")
+    while "done" not in fates:
+        for way, number in WAYS:
+            out = tmp_path / f"fails{k}-{way}-{number}"
+            with pytest.MonkeyPatch.context() as patch:
+                calls = failing(patch, k, way, number)
+                try:
+                    fate = cell(out)
+                except Unwritable as error:
+                    fate = ("stopped", str(error), [])
+            fates.append(fate[0])
+            if calls[0] <= k:
+                break
+            assert fate[0] in ("failed", "stopped") and "cannot be written" in fate[1], f"write {k}, {way}: {fate}"
+            for file in (p for p in out.rglob("*") if p.is_file()):
+                assert not file.name.startswith(".")
+                read_whole(file)
+            assert cell(out) == wanted
+            shutil.rmtree(out)
+        else:
+            k += 1
+    print(f"benchmark: {k} writes failed in turn, each in {len(WAYS)} ways")
     assert fates[-1] == "done" and {"failed", "stopped"} <= set(fates) and k > 6
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toyruns import bytes_of, everything, record, run, save_npz, short  # noqa: F401
+from toyruns import Bar, bytes_of, everything, interrupt, record, run, save_npz, short  # noqa: F401
 
 import potstill
-from potstill import recorder, still
+from potstill import cli, recorder, still
 from potstill.cli import main
 from potstill.errors import Stopped
 from potstill.evaluation import evaluate
@@ -211,27 +211,50 @@ def test_a_teacher_that_diverges_labels_nothing_and_is_not_kept(monkeypatch):
 # --- data that change
 
 
-def test_a_changed_npz_is_refused_on_resume(tmp_path, capsys):
+SMALL = ["--ipc", "1", "--preset", "small", "--network", "mlp-w4", "--set", "objective.real=4", "--steps", "6", "--no-evaluate", "--compile", "off"]  # fmt: skip
+RECORDING = ["--network", "mlp-w4", "--count", "2", "--epochs", "2", "--batch", "8", "--compile", "off"]
+
+
+def stop(monkeypatch, command, at):
+    """Begin a run and interrupt it at this step, or let it end."""
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "progress_bar", Bar(at or -1, interrupt))
+        assert main(command) == (130 if at else 0)
+
+
+def refused(command, capsys):
+    """A resumed run is refused in a line, and nothing of it is touched."""
+    before = everything(command[-1])
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "the data have changed" in error and "\n" not in error and everything(command[-1]) == before
+
+
+@pytest.mark.parametrize(
+    ("what", "at"),
+    [("distill", 3), ("distill", None), ("experts", 2), ("experts", 10), ("experts", None)],
+    ids=["distill-stopped", "distill-ended", "experts-in-the-first", "experts-in-the-second", "experts-ended"],
+)
+def test_a_changed_npz_is_refused_on_resume(tmp_path, capsys, monkeypatch, what, at):
+    """Of a run that was stopped on its way, and of one that had ended; with the data as they were it ends as another."""
     npz = save_npz(tmp_path / "toy.npz")
-    for command in (
-        ["distill", npz, "--ipc", "1", "--preset", "small", "--network", "mlp-w4", "--set", "objective.real=4", "--steps", "2",
-         "--no-evaluate", "--compile", "off", "--out", str(tmp_path / "a")],
-        ["experts", npz, "--network", "mlp-w4", "--count", "1", "--epochs", "1", "--compile", "off", "--out", str(tmp_path / "e")],
-    ):  # fmt: skip
-        assert main(command) == 0
-        before, parts = everything(command[-1]), dict(np.load(npz))
-        changed = {**parts, "x_test": parts["x_test"].copy()}
-        changed["x_test"][-1, 0, 0, 0] += 1e-6
-        np.savez(npz, **changed)
-        capsys.readouterr()
-        assert main([*command, "--resume"]) == 2
-        error = capsys.readouterr().err.strip()
-        assert "the data have changed" in error and "\n" not in error and everything(command[-1]) == before
-        np.savez(npz, **parts)
-        assert main([*command, "--resume"]) == 0
+    command = [what, npz, *(SMALL if what == "distill" else RECORDING), "--out"]
+    stop(monkeypatch, [*command, str(tmp_path / "a")], at)
+    parts = dict(np.load(npz))
+    changed = {**parts, "x_test": parts["x_test"].copy()}
+    changed["x_test"][-1, 0, 0, 0] += 1e-6
+    np.savez(npz, **changed)
+    refused([*command, str(tmp_path / "a")], capsys)
+    np.savez(npz, **parts)
+    assert main([*command, str(tmp_path / "a"), "--resume"]) == 0 == main([*command, str(tmp_path / "b")])
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
 
 
-def test_a_changed_picture_is_refused_on_resume(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("what", "at"), [("distill", 3), ("distill", None), ("experts", 3)], ids=["distill-stopped", "distill-ended", "experts-stopped"]
+)  # fmt: skip
+def test_a_changed_picture_is_refused_on_resume(tmp_path, capsys, monkeypatch, what, at):
     for part in ("train", "test"):
         for c in ("a", "b"):
             folder = tmp_path / "pictures" / part / c
@@ -239,14 +262,11 @@ def test_a_changed_picture_is_refused_on_resume(tmp_path, capsys):
             for i in range(4):
                 drawn = (Key(ord(c)).fold(part, i).normal(8, 8).abs() * 100).clamp(max=255).byte().numpy()
                 Image.fromarray(drawn).save(folder / f"{i}.png")
-    command = ["distill", str(tmp_path / "pictures"), "--ipc", "1", "--preset", "small", "--network", "mlp-w4", "--set", "objective.real=4",
-               "--steps", "2", "--no-evaluate", "--compile", "off", "--holdout", "0", "--out", str(tmp_path / "a")]  # fmt: skip
-    assert main(command) == 0
-    before, file = everything(tmp_path / "a"), tmp_path / "pictures" / "train" / "b" / "2.png"
+    options = [*SMALL, "--holdout", "0"] if what == "distill" else RECORDING
+    command = [what, str(tmp_path / "pictures"), *options, "--out", str(tmp_path / "a")]
+    stop(monkeypatch, command, at)
+    file = tmp_path / "pictures" / "train" / "b" / "2.png"
     good = np.asarray(Image.open(file)).copy()
     good[3, 3] ^= 1
     Image.fromarray(good).save(file)
-    capsys.readouterr()
-    assert main([*command, "--resume"]) == 2
-    error = capsys.readouterr().err.strip()
-    assert "the data have changed" in error and "\n" not in error and everything(tmp_path / "a") == before
+    refused(command, capsys)
