@@ -38,7 +38,7 @@ CASES = (  # method, shape, network, images per class, memory, whether the set i
     ("dd", "28x28", "convnet-w32", 5, "8GiB", False),
     ("dd", "32x32x3", "convnet-w64", 5, "600MiB", False),
     ("kip", "28x28", "mlp", 10, "8GiB", True),
-    ("kip", "32x32x3", "mlp", 50, "600MiB", False),
+    ("kip", "32x32x3", "mlp", 50, "750MiB", False),
     ("frepo", "28x28", "widenet-w32", 1, "8GiB", False),
     ("frepo", "32x32x3", "widenet-w32", 10, "700MiB", False),
     ("mtt", "28x28", "convnet-w32", 1, "8GiB", False),

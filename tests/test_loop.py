@@ -355,3 +355,12 @@ def test_images_per_class_of_numpy(tmp_path):
 
     assert run(tmp_path / "a", ipc=np.int64(2)).set.meta.ipc == [2, 2, 2]
     assert run(tmp_path / "b", ipc=np.array([1, 2, 1])).set.meta.ipc == [1, 2, 1]
+
+
+def test_snapshots_of_many_classes_stay_small():
+    """The first hundred classes are shown: with a thousand each snapshot would be as large as S."""
+    data = toy(sizes=(2,) * 120)
+    run = still.Still(data, still.Settings(METHODS["dm"]("small"), [1] * 120, 0, 0.0, 1, "cpu", False, "fp32", 1))
+    assert run.shown.tolist() == list(range(still.SHOWN)) and still.SHOWN == 100
+    few = still.Still(toy(), still.Settings(METHODS["dm"]("small"), [3] * 3, 0, 0.0, 1, "cpu", False, "fp32", 1))
+    assert few.shown.tolist() == list(range(9)), "all of a small set"

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from potstill.errors import PotstillError, Unwritable
-from potstill.report import grid, png_bytes, run_page, write_run_report
+from potstill.report import extent, grid, png_bytes, run_page, write_run_report
 
 PLANTED = "<script>alert(1)</script>"
 
@@ -397,3 +397,9 @@ def test_a_browser_shows_the_page_at_phone_width(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert '<p id="out">0 37 3 true</p>' in done.stdout
     assert "CONSOLE" not in done.stderr
+
+
+def test_the_extent_is_that_of_finite_values() -> None:
+    a = np.array([[1.0, np.nan], [-2.0, np.inf]])
+    assert extent([a, np.array([3.0])]) == (-2.0, 3.0) and extent([np.full((2, 2), np.nan)]) == (0.0, 1.0)
+    assert extent([np.zeros((0, 2)), np.array([np.nan, 0.5])]) == (0.5, 0.5)

@@ -19,7 +19,7 @@ from .functional import Key
 from .measure import Clock, cost
 from .recipe import Recipe, to_dict
 from .replay import Experts
-from .still import Still
+from .still import SHOWN, Still
 from .synthetic import pick_random
 
 
@@ -120,6 +120,6 @@ def write(
         shown = set_.classes[still.shown]
         first = torch.tensor([int((shown == g).nonzero()[0]) for g in shown.unique().tolist()])
         evolution = [(step, x[first].numpy()) for step, x in sorted(progress.snapshots.items())]
-    real = pick_random(data, [1] * data.task.classes, Key(record["seed"]).fold("random", 0))
+    real = pick_random(data, [int(g < SHOWN) for g in range(data.task.classes)], Key(record["seed"]).fold("random", 0))
     samples = data.display(data.prepare(data.train.inputs[real])).numpy()
     write_run_report(out, record, set_.images.numpy(), set_.classes.numpy(), evolution, samples)

@@ -167,8 +167,9 @@ def pixels(images: Array, limits: tuple[float, float]) -> Array:
 
 def extent(arrays: Iterable[Array]) -> tuple[float, float]:
     """The lowest and the highest finite value."""
-    finite = [a[np.isfinite(a)] for a in map(np.asarray, arrays)]
-    ends = [f(a) for a in finite if a.size for f in (np.min, np.max)] or [0.0, 1.0]
+    rows = (row for a in map(np.asarray, arrays) for row in (a if a.ndim > 1 else [a]))  # one by one: no copy of all
+    finite = (row[np.isfinite(row)] for row in rows)
+    ends = [f(row) for row in finite if row.size for f in (np.min, np.max)] or [0.0, 1.0]
     return float(min(ends)), float(max(ends))
 
 

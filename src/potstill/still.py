@@ -142,8 +142,9 @@ class Still:
 
     @property
     def shown(self) -> Tensor:
-        """Numbers of the samples that snapshots keep: the first of each class, about a hundred in all."""
-        return self.start.index[:, : max(1, SHOWN // len(self.members))].flatten().unique()
+        """Numbers of the samples that snapshots keep: the first of each class, about a hundred in all; of many classes the
+        first hundred."""
+        return self.start.index[:SHOWN, : max(1, SHOWN // len(self.members))].flatten().unique()
 
     def with_steps(self, steps: int) -> Still:
         """The same run, what is compiled included, with another number of steps."""
