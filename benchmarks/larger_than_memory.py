@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=6.1, help="decoded, of `folder` (default: 6.1)")
     parser.add_argument("--memory", default="2GiB", help="budget (default: 2GiB)")
     parser.add_argument("--limit", help="what no process may take, its trials included (default: that of --memory)")
+    parser.add_argument("--methods", default="dm,frepo", metavar="A,B", help="(default: dm,frepo)")
     parser.add_argument("--steps", type=int, default=1, help="of each method (default: 1)")
     parser.add_argument("--work", type=Path, help="keep pictures and cache there, and use what is there")
     parser.add_argument("--network", default="convnet-w8", help="(default: convnet-w8)")
@@ -153,10 +154,12 @@ def main() -> None:
             source = str(folder / "pictures")
         else:
             source = thousand(folder / "thousand.npy")
-        for method, own in (
-            ("dm", {"objective.real": args.real}),
-            ("frepo", {"objective.real": 2 * args.real, "source.size": 2}),
-        ):
+        settings = {
+            "dm": {"objective.real": args.real},
+            "frepo": {"objective.real": 2 * args.real, "source.size": 2},
+        }
+        for method in args.methods.split(","):
+            own = settings[method]
             under(
                 budget, method, distilled, source, method, args.memory, args.steps, folder / method, args.network, own
             )
