@@ -88,6 +88,8 @@ def refused(capsys, *arguments, code=2):
         (["evaluate", "no/such/set"], "no set at no/such/set"),
         (["list", "method"], "did you mean 'methods'?"),
         (["distill", "digits", "--method", ":x"], "cannot be imported"),
+        (["distill", "digits", "--method", ".x:y"], "cannot be imported"),
+        (["distill", "digits", "--method", "dm", "--network", ".x:y"], "cannot be imported"),
         (["distill", "digits", "--method", "os.path:join"], "is no function of preset and images per class"),
         (["distill", "digits", "--set", "objective.kind=[1]"], "no kind of objective '[1]'"),
         (["distill", "digits", "--network", ""], "network ''"),

@@ -166,7 +166,7 @@ def _from_outside(name: str, shape: tuple[int, ...], outputs: int) -> Network:
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise PotstillError(
             f"network '{name}' cannot be imported ({error}); package.module:function is needed"
         ) from error

@@ -303,7 +303,7 @@ def find(name: str, preset: str | None = None, ipc: int = 1) -> Recipe:
     module, _, attribute = name.partition(":")
     try:
         made = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise PotstillError(f"method '{name}' cannot be imported ({error}); package.module:recipe is needed") from error
     try:
         recipe = made if isinstance(made, Recipe) else made(preset, ipc)
