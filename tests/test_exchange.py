@@ -369,7 +369,7 @@ def through(tree, path):
     tensors = {}
     packed = pack(tree, tensors)
     path.write_bytes(save(tensors, metadata={HEADER: json.dumps({"tree": packed})}))
-    tensors, header = read_tensors(path, "tree")
+    tensors, header, _ = read_tensors(path, "tree")
     return unpack(header["tree"], tensors)
 
 

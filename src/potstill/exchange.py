@@ -207,7 +207,7 @@ def load(path: str | Path) -> DistilledSet:
         raise PotstillError(
             f"no set at {file}; a folder with a {SET}, such a file, or a name of `potstill list zoo` is needed"
         )
-    tensors, header = read_tensors(file, "set")
+    tensors, header, _ = read_tensors(file, "set")
     try:
         check_plain(header)
         if header.pop("format") != FORMAT:
@@ -271,8 +271,8 @@ def _listed(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(type(v) is kind for v in value)
 
 
-def read_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and our JSON header of a `.safetensors`.
+def read_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Tensors and our JSON header of a `.safetensors`, parsed and as it is written.
 
     Raises:
         PotstillError: It is damaged or another program's.
@@ -289,7 +289,7 @@ def read_tensors(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         raise PotstillError(f"{file} is a safetensors file but no {kind} of potstill's") from error
     if not isinstance(header, dict):
         raise PotstillError(f"{file} has a damaged header")
-    return tensors, header
+    return tensors, header, metadata[HEADER]
 
 
 def pack(tree: Any, tensors: dict[str, Tensor]) -> Any:

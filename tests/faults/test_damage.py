@@ -50,6 +50,17 @@ def test_of_a_checkpoint_that_is_damaged_anywhere_the_one_before_is_used_and_it_
     assert len(cases) > 120
 
 
+def test_a_number_that_is_spelt_otherwise_is_damage(tmp_path):
+    """A flipped bit that makes 1e-05 of 1E-05 changes no value, and the promise is of any bit."""
+    file = tmp_path / sealed.CHECKPOINT
+    sealed.write_checkpoint(file, {"a": torch.ones(2)}, {"small": 1e-05, "none": float("nan"), "text": "é"})
+    whole = file.read_bytes()
+    assert whole.count(b"1e-05") == 1 and sealed.read_sealed(file, "checkpoint")[1]["small"] == 1e-05
+    file.write_bytes(whole.replace(b"1e-05", b"1E-05"))
+    with pytest.raises(PotstillError, match="is damaged"):
+        sealed.read_sealed(file, "checkpoint")
+
+
 def test_a_run_goes_on_from_the_one_before_to_the_same_bytes(tmp_path, cut):
     file = cut / sealed.CHECKPOINT
     file.write_bytes(flipped(file.read_bytes(), len(file.read_bytes()) - 5, 3))
