@@ -7,7 +7,8 @@ pictures of 64 x 64 pixels in 1,000 classes, which lie in a mapped file.
 The measure is resident anonymous memory (RssAnon), read from /proc/PID/status every few milliseconds by this process; a process
 that takes more than the limit, trials included, is ended, and the script fails.
 
-python benchmarks/larger_than_memory.py folder|classes [--gib 6] [--memory 2GiB] [--limit 2GiB] [--steps 2] [--work DIR]
+python benchmarks/larger_than_memory.py folder|classes [--gib 6] [--memory 2GiB] [--limit 2GiB] [--methods dm,frepo]
+    [--steps 2] [--work DIR]
 """
 
 from __future__ import annotations
@@ -141,6 +142,8 @@ def main() -> None:
         help="real samples, of a class for DM, twice as many in all for FRePo (default: 16)",
     )
     args = parser.parse_args()
+    if not set(args.methods.split(",")) <= {"dm", "frepo"}:
+        parser.error(f"--methods {args.methods}: dm, frepo or both, with a comma")
     torch.set_num_threads(1)
     budget = size_of(args.limit or args.memory)
     with nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as temporary:
