@@ -63,6 +63,33 @@ def test_verdicts(kind, more, than, factor, verdict):
     )
 
 
+def test_networks_of_any_width_are_compared_at_the_greatest_that_all_have():
+    """A name without a width is the full one; one that was measured at no width is missing, and the others are told at theirs."""
+
+    def at(**widths):
+        return {"status": "done", "results": [row for n, v in widths.items() for row in cell(v, n.replace("_", "-"))["results"]]}  # fmt: skip
+
+    cells = {
+        "t/a": at(vgg11_w8=[0.1, 0.11], vgg11_w16=[0.5, 0.51], vgg11=[0.9, 0.91], vgg11_batch_w32=[0.7, 0.71]),
+        "t/b": at(vgg11_w8=[0.2, 0.21], vgg11_w16=[0.3, 0.31], vgg11_w9_d2=[0.6, 0.6]),
+        "t/c": at(vgg11=[0.2, 0.21], resnet18_w8=[0.4, 0.4]),
+        "t/d": at(vgg11_w4=[0.2, 0.21]),
+    }
+
+    def verdict(*more, than):
+        found = judge(Finding("n", "c", "s", "accuracy", more, than, "command"), cells)
+        return found["verdict"], found["numbers"]
+
+    said, numbers = verdict("t/a@vgg11-w*", than="t/b@vgg11-w*")
+    assert said == "confirmed" and numbers.startswith("t/a@vgg11-w16 50.5 %, t/b@vgg11-w16 30.5 %")
+    said, numbers = verdict("t/a@vgg11-w*", than="t/c@vgg11-w*")
+    assert said == "confirmed" and numbers.startswith("t/a@vgg11 90.5 %, t/c@vgg11 20.5 %")
+    assert verdict("t/a@vgg11-w*", than="t/d@vgg11-w*")[1] == "not measured: t/a@vgg11-w*, t/d@vgg11-w*"
+    assert verdict("t/a@vgg11-w*", than="t/none@vgg11-w*")[1] == "not measured: t/none@vgg11-w*"
+    said, numbers = verdict("t/a@vgg11-w*", "t/none@vgg11-w*", than="t/b@vgg11-w*")
+    assert said == "not resolvable" and "w16 50.5" in numbers and numbers.endswith("not measured: t/none@vgg11-w*")
+
+
 def test_a_file_of_findings_and_what_may_be_wrong_in_it(tmp_path):
     good = '[[finding]]\nname = "n"\nclaim = "c"\nsource = "s"\nkind = "bytes"\nmore = "a"\nthan = "b"\ncommand = "x"\n'
     file = tmp_path / "f.toml"

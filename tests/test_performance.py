@@ -65,9 +65,19 @@ def test_exponents_are_those_of_the_last_two_points(tables):
 
 def test_the_page_says_what_the_records_say(tables):
     """No number was typed, and none is older than its record."""
-    page = (ROOT / "docs" / "performance.md").read_text()
-    assert tables.fill(page, BENCHMARKS / "results") == page
-    assert {name for _, name, _ in tables.BLOCK.findall(page)} == set(tables.TABLES)
+    shown = set()
+    for page in (ROOT / "docs" / "performance.md", ROOT / "docs" / "scale.md"):
+        text = page.read_text()
+        assert tables.fill(text, BENCHMARKS / "results") == text
+        shown |= {name for _, name, _ in tables.BLOCK.findall(text)}
+    assert shown == set(tables.TABLES)
+
+
+def test_two_processes_gain_what_the_medians_say(tables):
+    """Medians 8 and 4: 2; rounds 6/4, 8/2 and 9/6."""
+    took = {"one": [6.0, 8.0, 9.0], "one, two threads": [7.0, 7.0, 7.0], "two": [4.0, 2.0, 6.0]}
+    lines = tables.processes_table({"works": {"x": {"command": "evaluate a", "seconds": took}}})
+    assert cells_of(lines[2]) == ["`potstill evaluate a`", "8.0 s", "7.0 s", "4.0 s", "2.00× (1.50-4.00)"]
 
 
 def test_toys_and_unknown_tables_do_not_come_on_the_page(tables, tmp_path):
@@ -116,3 +126,34 @@ def test_seconds_to_a_goal_from_end_to_end_beside_those_of_other_methods(tables,
     assert kip[:2] == ["`kip`", "`ntk-dense-d1`, `kip`"] and kip[2] == f"{reached['seconds']:g}"
     assert kip[5] == f"{100 * reached['test'][0]:.1f}" and len(record["runs"]["dm"]["kept"]) == 2
     assert dm[0] == "`dm`" and dm[2].startswith("not in 0.") and dm[7].startswith("`network=convnet-w4` `student=")
+
+
+def test_a_recording_by_one_process_and_by_two_from_end_to_end(tmp_path):
+    """Three commands a round, each to its end; what is not known is one line."""
+    file = tmp_path / "processes.json"
+    command = [sys.executable, str(BENCHMARKS / "processes.py"), "--scale", "toy", "--rounds", "1", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(file.read_text())
+    assert record["scale"] == "toy" and set(record["works"]) == {"experts"}
+    assert {form: len(took) for form, took in record["works"]["experts"]["seconds"].items()} == {"one": 1, "one, two threads": 1, "two": 1}  # fmt: skip
+    refused = subprocess.run([*command, "--only", "distill"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "no work 'distill'" in refused.stderr.splitlines()[-1]
+
+
+def test_runs_in_both_precisions_from_end_to_end_and_not_twice(tables, tmp_path):
+    """Twins are compared seed by seed: 0.5, 0.6 and 0.7 beside 0.5, 0.7 and 0.6 differ by 0 ± 10 points."""
+    file = tmp_path / "precision_runs.json"
+    command = [sys.executable, str(BENCHMARKS / "precision_runs.py"), "--data", "digits", "--methods", "dm,evaluation", "--network", "convnet-w4", "--seeds", "2", "--scale", "toy", "--json", str(file)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cells = json.loads(file.read_text())["cells"]
+    assert {name: [len(a) for a in c["accuracies"].values()] for name, c in cells.items()} == {"digits/dm": [2, 2], "digits/evaluation": [2, 2]}  # fmt: skip
+    before = file.read_bytes()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and file.read_bytes() == before
+    refused = subprocess.run([*command, "--methods", "dmm"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "'dmm' is none of dc, dd" in refused.stderr.splitlines()[-1]
+    twins = {"method": "dm", "data": "d", "network": "n", "steps": 3, "accuracies": {"fp32": [0.5, 0.6, 0.7], "bf16": [0.5, 0.7, 0.6]}}  # fmt: skip
+    (line,) = tables.precision_runs_table({"cells": {"x": twins}})[2:]
+    assert cells_of(line)[4:] == ["60.0 ± 10.0", "60.0 ± 10.0", "+0.0 ± 10.0", "1.00", "3"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +20,8 @@ KINDS = ("accuracy", "seconds", "bytes")
 CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not resolvable"
 LEVEL = 0.05  # of the test that two accuracies differ
 MARGIN = 1.1  # ratio below which two measured costs count as one
+ANY_WIDTH = "-w*"
+WIDTH = re.compile(r"-w(\d+)(?=-d\d+$|$)")
 LIMITS = {"seconds": "out of time", "bytes": "out of memory"}
 
 
@@ -32,7 +35,8 @@ class Finding:
         source: Where it stands.
         kind: `accuracy`, `seconds` or `bytes`.
         more: Cells, each of which lies above `than`: `data/method/ipc` (a set's accuracy; with `@gain` that over random),
-            `transfer/data/method/ipc@network`, or `cost/data/method/ipc/form@step_seconds`, `@loss_seconds`, `@peak_bytes`.
+            `transfer/data/method/ipc@network`, where `-w*` at a network's end stands for the greatest width at which all
+            such cells of the finding were measured, or `cost/data/method/ipc/form@step_seconds`, `@loss_seconds`, `@peak_bytes`.
         than: One such cell.
         command: That measures them.
         table: For readers of the file.
@@ -94,6 +98,8 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
     Returns:
         `name`, `claim`, `verdict` (`confirmed`, `refuted`, `not resolvable`), `numbers` and `command`.
     """
+    at = _at_one_width([*finding.more, finding.than], cells)
+    finding = replace(finding, more=tuple(at[name] for name in finding.more), than=at[finding.than])
     value = _accuracy if finding.kind == "accuracy" else partial(_cost, limit=LIMITS[finding.kind])
     than, verdicts, numbers = value(finding.than, cells), [], []
     for name in finding.more:
@@ -117,6 +123,21 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
 def judge_all(findings: Sequence[Finding], cells: Mapping[str, Cell]) -> list[dict[str, str]]:
     """The verdicts on all findings."""
     return [judge(f, cells) for f in findings]
+
+
+def _at_one_width(names: Sequence[str], cells: Mapping[str, Cell]) -> dict[str, str]:
+    """Names with `-w*` and what each stands for: a narrow network is compared with one as narrow. A name stays as it is where its
+    network was measured at no width, or at none that the others have.
+    """
+    widths: dict[str, dict[float, str]] = {}
+    for name in names:
+        if name.endswith(ANY_WIDTH):
+            cell, _, network = name.removesuffix(ANY_WIDTH).partition("@")
+            rows = cells.get(cell, {}).get("results", ())
+            known = {r["network"]: WIDTH.search(r["network"]) for r in rows if WIDTH.sub("", r["network"]) == network}
+            widths[name] = {float(w[1]) if w else math.inf: f"{cell}@{at}" for at, w in known.items()}
+    shared = set.intersection(*(set(w) for w in widths.values() if w)) if any(widths.values()) else set()
+    return {name: widths[name].get(max(shared), name) if shared and name in widths else name for name in names}
 
 
 def _accuracy(name: str, cells: Mapping[str, Cell]) -> list[float]:

@@ -1,0 +1,102 @@
+"""What bfloat16 does to accuracy: the same runs in both precisions, seed by seed, and one set judged in both.
+
+python benchmarks/precision_runs.py [--data digits,fashion-mnist] [--methods dm,dc] [--seeds 5] [--threads 1] [--again] [--scale toy]
+
+A run has a fixed number of steps at one image per class, eager, with a ConvNet of width 32 (FRePo: one that widens), and differs from
+its twin in the precision alone. Each set trains one network in float32, whose accuracy on training data held out is what
+counts; the test data are not read. The row `evaluation` has sets made in float32 by DM judged by networks that are trained in either
+precision. Cells that are in the file already are skipped; `precision.py` has the gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tables import precision_runs_table
+
+from potstill import DistilledSet, distill, evaluate
+from potstill.data import Data, load_data
+from potstill.records import read_json, software, write_json
+
+FORMAT = 1
+STEPS = {  # fixed for each data set and method: where one image per class has stopped gaining quickly
+    "digits": {"dm": 200, "dc": 100, "dsa": 100, "frepo": 300, "dd": 60},
+    "fashion-mnist": {"dm": 60, "dc": 60, "dsa": 60, "frepo": 600, "dd": 60},
+}
+NETWORK = {"frepo": "widenet-w32"}
+EVALUATION = "evaluation"
+FORMS = ("fp32", "bf16")
+
+
+def made(data: Data, method: str, steps: int, seed: int, precision: str, width: str) -> DistilledSet:
+    """A set of one image per class."""
+    with tempfile.TemporaryDirectory() as out:
+        run = distill(data, method, steps=steps, preset="small", seed=seed, network=NETWORK.get(method, width), precision=precision, compile="off", evaluate=False, out=f"{out}/run")  # fmt: skip
+        return run.set
+
+
+def judged(set_: DistilledSet, data: Data, seed: int, precision: str) -> float:
+    """One network's accuracy on what the run held out."""
+    (found,) = evaluate(set_, data, repeats=1, seed=seed, precision=precision, compile="off")
+    return found.accuracies[0]
+
+
+def cell(data: Data, method: str, steps: int, seeds: int, width: str) -> dict[str, Any]:
+    """Accuracies by precision, one a seed."""
+    held = data.hold_out(0.1)
+    aside = replace(held, test=held.heldout)
+    found: dict[str, list[float]] = {form: [] for form in FORMS}
+    begin = time.perf_counter()
+    for seed in range(seeds):
+        shared = made(data, "dm", steps, seed, "fp32", width) if method == EVALUATION else None
+        for form in FORMS:
+            set_ = shared or made(data, method, steps, seed, form, width)
+            found[form].append(judged(set_, aside, seed, form if shared else "fp32"))
+    return {"data": data.name, "method": method, "steps": steps, "network": NETWORK.get(method, width), "accuracies": found, "seconds": round(time.perf_counter() - begin, 1)}  # fmt: skip
+
+
+def main() -> None:
+    """Measure what is not there yet; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=",".join(STEPS))
+    parser.add_argument("--methods", default=f"dm,{EVALUATION},dc,dsa,frepo,dd")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--network", default="convnet-w32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--again", action="store_true", help="measure also what is in the file")
+    parser.add_argument("--scale", default="full", choices=("full", "toy"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    toy = args.scale == "toy"
+    if args.seeds < 2:
+        parser.error(f"--seeds {args.seeds} is below 2")
+    if args.json is None and toy:
+        parser.error("--json is missing: toys have no place among the results")
+    for given, known in ((args.data.split(","), STEPS), (args.methods.split(","), {EVALUATION, *STEPS["digits"]})):
+        if strange := [g for g in given if g not in known]:
+            parser.error(f"'{strange[0]}' is none of {', '.join(sorted(known))}")
+    file = args.json or Path(__file__).parent / "results" / "precision_runs.json"
+    record = read_json(file) if file.exists() else {"format": FORMAT, "kind": "precision_runs", "scale": args.scale, "cells": {}}  # fmt: skip
+    for name in args.data.split(","):
+        data = load_data(name)
+        for method in args.methods.split(","):
+            at = f"{name}/{method}"
+            if at in record["cells"] and not args.again:
+                continue
+            steps = 2 if toy else STEPS[name]["dm" if method == EVALUATION else method]
+            record["cells"][at] = cell(data, method, steps, args.seeds, args.network)
+            record["machine"] = software("cpu")
+            write_json(file, record)
+            print(f"{at}: {record['cells'][at]['accuracies']}, {record['cells'][at]['seconds']:g} s", flush=True)
+    print("\n".join(precision_runs_table(record)))
+
+
+if __name__ == "__main__":
+    main()
