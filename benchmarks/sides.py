@@ -138,7 +138,8 @@ def step_of(method: str, asked: Asked, ours: bool) -> Side:
 def still_of(row: CostRow, data: Data, ours: bool, compile: bool) -> Still:
     """The row's recipe, bound to data."""
     recipe = recipe_of(row, data)
-    exact = choose_precision("auto", "cpu", network(recipe.network, data.shape, data.task.outputs)) if ours else "fp32"
+    net = network(recipe.network, data.shape, data.task.outputs)
+    exact = choose_precision("auto", "cpu", net, fused=compile) if ours else "fp32"
     counts = counts_per_group(row.ipc, data.counts)
     return Still(data, Settings(recipe, counts, 0, 0.0, 1000, "cpu", ours and compile, exact, torch.get_num_threads()))
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import potstill
-from potstill import Stopped, checkpoint, loop, still
+from potstill import Stopped, checkpoint, compiling, loop, still
 from potstill.errors import PotstillError
 from potstill.methods import METHODS
+from potstill.networks import network
 from potstill.recipe import change
+from potstill.records import read_json
 from potstill.testing import toy
 from potstill.training import PROTOCOLS
 
@@ -171,6 +173,25 @@ def test_a_rate_that_is_far_too_high_is_seen_as_divergence(tmp_path):
     with pytest.raises(Stopped, match="has run away|is nan|is inf"):
         run(tmp_path / "a", steps=60, settings={**SMALL, "optimiser.inputs.lr": 1e6, "network": "convnet-none-w8"})
     assert potstill.load(tmp_path / "a").inputs.isfinite().all()
+
+
+def test_a_compiled_step_takes_bf16_from_smaller_networks_on(tmp_path, monkeypatch):
+    """On a processor that multiplies it; a run that is not compiled, or a smaller network, stays in float32, and what is asked for is taken."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    net = network("convnet-w8", (1, 8, 8), 10)
+    flops = compiling.sample_flops(net)
+    found = []
+    for bound in (flops + 1, flops - 1):
+        monkeypatch.setattr(compiling, "FUSED", bound)
+        found += [compiling.choose_precision(asked, "cpu", net, fused) for asked in ("auto", "fp32") for fused in (False, True)]  # fmt: skip
+    assert found == ["fp32"] * 5 + ["bf16"] + ["fp32"] * 2
+    monkeypatch.setattr(compiling, "FUSED", 1.0)
+    monkeypatch.setattr(still, "compiled", lambda function, on: function)  # the choice is what is looked at
+    said = []
+    for form in ("on", "off"):
+        run(tmp_path / form, steps=2, compile=form, say=said.append)
+    assert [read_json(tmp_path / f / "record.json")["choices"]["precision"] for f in ("on", "off")] == ["bf16", "fp32"]  # fmt: skip
+    assert [line for line in said if "precision" in line] == [f"compile {f} (asked for), precision {p}" for f, p in (("on", "bf16"), ("off", "fp32"))]  # fmt: skip
 
 
 @pytest.mark.parametrize(

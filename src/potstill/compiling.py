@@ -17,7 +17,8 @@ from .networks import Network
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 EAGER_FLOPS = 40e9  # a CPU's floating-point operations per second in eager mode; only the choice to compile rests on it
-LARGE = 2e7  # operations of one sample's forward pass: above, bf16 gains and networks are trained one by one
+LARGE = 2e7  # operations of one sample's forward pass: above, bf16 gains in training and networks are trained one by one
+FUSED = 4e6  # the same for a compiled step of S, where casts are part of the loops beside them
 WORTH = 90.0  # seconds of eager work above which compiling, 20 to 60 s for a graph, is earned back
 
 
@@ -91,9 +92,15 @@ def choose_compile(asked: str, seconds: float, device: str) -> tuple[bool, str]:
     return True, "the run is long enough to earn it back"
 
 
-def choose_precision(asked: str, device: str, net: Network) -> str:
+def choose_precision(asked: str, device: str, net: Network, fused: bool = False) -> str:
     """The precision of features and gradients: bfloat16 where the hardware multiplies it and the network is large enough
     to gain (on small ones the casts cost more than they save).
+
+    Args:
+        asked: `auto`, `fp32` or `bf16`.
+        device: Where it runs.
+        net: Whose arithmetic it is.
+        fused: Whether it is that of a compiled step of S, which gains from smaller networks on.
 
     Raises:
         PotstillError: A word that is not `auto`, `fp32` or `bf16`.
@@ -106,7 +113,7 @@ def choose_precision(asked: str, device: str, net: Network) -> str:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return "bf16" if fast and sample_flops(net) > LARGE else "fp32"
+    return "bf16" if fast and sample_flops(net) > (FUSED if fused else LARGE) else "fp32"
 
 
 def sample_flops(net: Network) -> float:

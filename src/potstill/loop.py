@@ -203,9 +203,10 @@ def prepare(
         say("compile off, precision fp64 (a kernel in closed form)")
         on = False
     else:
+        precision = str(group.share(choose_precision(ask.precision, ask.device, net, fused=on)))
         say(f"compile {'on' if on else 'off'} ({why}), precision {precision}")
     if on:
-        still = Still(data, replace(settings, compile=True), start, group)
+        still = Still(data, replace(settings, compile=True, precision=precision), start, group)
         with clock.phase("compile"):
             still.step(still.fresh(), 0)
     looks: list[dict[str, Any]] = []
