@@ -2,8 +2,8 @@
 
 python benchmarks/precision.py [--methods dm,dc] [--data digits,fashion-mnist] [--draws 5] [--threads 1] [--again] [--scale toy]
 
-Eager, on narrow networks: where the precision is chosen (`auto`), such networks stay in float32 and larger ones take
-bfloat16, so this asks for it. Beside it the cosine of two float32 gradients with other draws, which says how much of a
+Eager, on narrow networks: where the precision is chosen (`auto`), an eager step of such networks stays in float32 and that of larger
+ones takes bfloat16, so this asks for it. Beside it the cosine of two float32 gradients with other draws, which says how much of a
 gradient is chance anyway. Cells that are in the file already are skipped.
 """
 

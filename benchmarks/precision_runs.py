@@ -37,7 +37,9 @@ FORMS = ("fp32", "bf16")
 def made(data: Data, method: str, steps: int, seed: int, precision: str, width: str, form: str) -> DistilledSet:
     """A set of one image per class."""
     with tempfile.TemporaryDirectory() as out:
-        run = distill(data, method, steps=steps, preset="small", seed=seed, network=NETWORK.get(method, width), precision=precision, compile=form, evaluate=False, out=f"{out}/run")  # fmt: skip
+        run = distill(data, method, steps=steps, preset="small", seed=seed, network=width, precision=precision, compile=form, evaluate=False, out=f"{out}/run")  # fmt: skip
+        if (took := run.record["choices"]["precision"]) != precision:
+            raise SystemExit(f"{method} ran in {took} where {precision} was asked for")
         return run.set
 
 
@@ -58,7 +60,7 @@ def cell(data: Data, method: str, steps: int, seeds: int, width: str, compile: s
         for form in FORMS:
             set_ = shared or made(data, method, steps, seed, form, width, compile)
             found[form].append(judged(set_, aside, seed, form if shared else "fp32"))
-    return {"data": data.name, "method": method, "steps": steps, "network": NETWORK.get(method, width), "compile": compile, "accuracies": found, "seconds": round(time.perf_counter() - begin, 1)}  # fmt: skip
+    return {"data": data.name, "method": method, "steps": steps, "network": width, "compile": compile, "software": software("cpu"), "accuracies": found, "seconds": round(time.perf_counter() - begin, 1)}  # fmt: skip
 
 
 def main() -> None:
@@ -84,15 +86,21 @@ def main() -> None:
             parser.error(f"'{strange[0]}' is none of {', '.join(sorted(known))}")
     file = args.json or Path(__file__).parent / "results" / "precision_runs.json"
     record = read_json(file) if file.exists() else {"format": FORMAT, "kind": "precision_runs", "scale": args.scale, "cells": {}}  # fmt: skip
+    if record["scale"] != args.scale:
+        parser.error(f"{file} has runs of another scale")
     for name in args.data.split(","):
         data = load_data(name)
         for method in args.methods.split(","):
-            at = f"{name}/{method}"
-            if at in record["cells"] and not args.again:
+            net = NETWORK.get(method, args.network)
+            at = f"{name}/{method}/{net}"
+            if (
+                at in record["cells"]
+                and len(record["cells"][at]["accuracies"]["fp32"]) == args.seeds
+                and not args.again
+            ):
                 continue
             steps = 2 if toy else STEPS[name]["dm" if method == EVALUATION else method]
-            record["cells"][at] = cell(data, method, steps, args.seeds, args.network, "off" if toy else "on")
-            record["machine"] = software("cpu")
+            record["cells"][at] = cell(data, method, steps, args.seeds, net, "off" if toy else "on")
             write_json(file, record)
             print(f"{at}: {record['cells'][at]['accuracies']}, {record['cells'][at]['seconds']:g} s", flush=True)
     print("\n".join(precision_runs_table(record)))

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from potstill.records import software, write_json
+from potstill.records import read_json, software, write_json
 
 FORMAT = 1
 WORKS = {
@@ -54,13 +54,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="with commas: experts, evaluate")
     parser.add_argument("--scale", default="full", choices=("full", "toy"))
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "processes.json")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     works = WORKS if args.scale == "full" else TOYS
     names = args.only.split(",") if args.only else list(works)
     if unknown := set(names) - set(works):
         parser.error(f"no work '{min(unknown)}'; there are: {', '.join(works)}")
-    record = {"format": FORMAT, "kind": "processes", "scale": args.scale, "software": software("cpu"), "works": {}}
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds} is below 1")
+    if args.json is None and args.scale == "toy":
+        parser.error("--json is missing: toys have no place among the results")
+    file = args.json or Path(__file__).parent / "results" / "processes.json"
+    fresh = {"format": FORMAT, "kind": "processes", "scale": args.scale, "works": {}}
+    record = read_json(file) if file.exists() else fresh
+    if record["scale"] != args.scale:
+        parser.error(f"{file} has runs of another scale")
     for name in names:
         took: dict[str, list[float]] = {form: [] for form in FORMS}
         for _ in range(args.rounds):
@@ -70,8 +78,8 @@ def main() -> None:
                     took[form].append(round(seconds_of(words, processes, threads), 2))
         shown = "; ".join(f"{form}: {median(t):.1f} s" for form, t in took.items())
         print(f"{name}: {shown}; {median(took['one']) / median(took['two']):.2f} times", flush=True)
-        record["works"][name] = {"command": works[name], "seconds": took}
-        write_json(args.json, record)
+        record["works"][name] = {"command": works[name], "seconds": took, "software": software("cpu")}
+        write_json(file, record)
 
 
 if __name__ == "__main__":

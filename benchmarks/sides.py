@@ -139,7 +139,7 @@ def still_of(row: CostRow, data: Data, ours: bool, compile: bool) -> Still:
     """The row's recipe, bound to data."""
     recipe = recipe_of(row, data)
     net = network(recipe.network, data.shape, data.task.outputs)
-    exact = choose_precision("auto", "cpu", net, fused=compile) if ours else "fp32"
+    exact = choose_precision("auto", "cpu", net, compile and recipe.objective.narrow_bf16) if ours else "fp32"
     counts = counts_per_group(row.ipc, data.counts)
     return Still(data, Settings(recipe, counts, 0, 0.0, 1000, "cpu", ours and compile, exact, torch.get_num_threads()))
 

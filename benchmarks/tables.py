@@ -16,9 +16,10 @@ from pathlib import Path
 from statistics import mean, median, pstdev, stdev
 from typing import Any
 
+from scipy.stats import ttest_rel
+
 from potstill.errors import PotstillError
 from potstill.records import read_json, write_whole
-from potstill.scores import p_value
 
 HERE = Path(__file__).parent
 MIB = 2**20
@@ -198,13 +199,13 @@ def precision_table(record: Mapping[str, Any]) -> list[str]:
 
 
 def precision_runs_table(record: Mapping[str, Any]) -> list[str]:
-    """Accuracies of the same runs in both precisions, and Welch's test that they differ."""
+    """Accuracies of the same runs in both precisions, and a paired t-test that they differ."""
     body = []
     for cell in record["cells"].values():
         exact, rough = (cell["accuracies"][form] for form in ("fp32", "bf16"))
         gain = [100 * (b - a) for a, b in zip(exact, rough, strict=True)]
         shown = [f"{100 * mean(a):.1f} ± {100 * stdev(a):.1f}" for a in (exact, rough)]
-        body.append([cell["method"], cell["data"], cell["network"], str(cell["steps"]), *shown, f"{mean(gain):+.1f} ± {stdev(gain):.1f}", f"{p_value(rough, exact):.2f}", str(len(exact))])  # fmt: skip
+        body.append([cell["method"], cell["data"], cell["network"], str(cell["steps"]), *shown, f"{mean(gain):+.1f} ± {stdev(gain):.1f}", f"{ttest_rel(rough, exact).pvalue:.2f}", str(len(exact))])  # fmt: skip
     head = ("method", "data", "network", "steps", "fp32, %", "bf16, %", "bf16 less fp32, seed by seed", "p", "n")
     return rows_of(head, body)
 
@@ -214,11 +215,14 @@ def processes_table(record: Mapping[str, Any]) -> list[str]:
     body = []
     for work in record["works"].values():
         took = work["seconds"]
-        rounds = [a / b for a, b in zip(took["one"], took["two"], strict=True)]
-        gain = f"{median(took['one']) / median(took['two']):.2f}× ({min(rounds):.2f}-{max(rounds):.2f})"
+        gains = []
+        for form in ("one", "one, two threads"):
+            rounds = [a / b for a, b in zip(took[form], took["two"], strict=True)]
+            gains.append(f"{median(took[form]) / median(took['two']):.2f}× ({min(rounds):.2f}-{max(rounds):.2f})")
         command = "`potstill " + work["command"].removesuffix(" --out {out}/experts") + "`"
-        body.append([command, *(f"{median(took[form]):.1f} s" for form in took), gain])
-    return rows_of(("work", *(form for form in took), "gain of two over one (of rounds)"), body)
+        body.append([command, *(f"{median(t):.1f} s" for t in took.values()), *gains])
+    head = ("work", "one", "one, two threads", "two", "gain of two over one (of rounds)", "over one with two threads")
+    return rows_of(head, body)
 
 
 TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {

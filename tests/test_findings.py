@@ -84,10 +84,14 @@ def test_networks_of_any_width_are_compared_at_the_greatest_that_all_have():
     assert said == "confirmed" and numbers.startswith("t/a@vgg11-w16 50.5 %, t/b@vgg11-w16 30.5 %")
     said, numbers = verdict("t/a@vgg11-w*", than="t/c@vgg11-w*")
     assert said == "confirmed" and numbers.startswith("t/a@vgg11 90.5 %, t/c@vgg11 20.5 %")
-    assert verdict("t/a@vgg11-w*", than="t/d@vgg11-w*")[1] == "not measured: t/a@vgg11-w*, t/d@vgg11-w*"
+    assert verdict("t/a@vgg11-w*", than="t/d@vgg11-w*")[1] == "not measured at one width: t/a@vgg11-w*, t/d@vgg11-w*"
+    unfinished = {**cells, "t/b": {**cells["t/b"], "status": "running"}}
+    assert judge(Finding("n", "c", "s", "accuracy", ("t/b@vgg11-w*",), "t/a@vgg11-w*", "x"), unfinished)["verdict"] == "not resolvable"  # fmt: skip
     assert verdict("t/a@vgg11-w*", than="t/none@vgg11-w*")[1] == "not measured: t/none@vgg11-w*"
     said, numbers = verdict("t/a@vgg11-w*", "t/none@vgg11-w*", than="t/b@vgg11-w*")
     assert said == "not resolvable" and "w16 50.5" in numbers and numbers.endswith("not measured: t/none@vgg11-w*")
+    numbers = verdict("t/a@vgg11-w*", "t/c@vgg11-w*", "t/d@vgg11-w*", than="t/a@vgg11-w*")[1]
+    assert "t/c@vgg11 20.5" in numbers, "each comparison has a width of its own"
 
 
 def test_a_file_of_findings_and_what_may_be_wrong_in_it(tmp_path):

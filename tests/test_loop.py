@@ -191,6 +191,9 @@ def test_a_compiled_step_takes_bf16_from_smaller_networks_on(tmp_path, monkeypat
     for form in ("on", "off"):
         run(tmp_path / form, steps=2, compile=form, say=said.append)
     assert [read_json(tmp_path / f / "record.json")["choices"]["precision"] for f in ("on", "off")] == ["bf16", "fp32"]  # fmt: skip
+    run(tmp_path / "on", steps=2, compile="on", resume=True)
+    run(tmp_path / "dc", steps=2, compile="on", method="dc")
+    assert [read_json(tmp_path / f / "record.json")["choices"]["precision"] for f in ("on", "dc")] == ["bf16", "fp32"]
     assert [line for line in said if "precision" in line] == [f"compile {f} (asked for), precision {p}" for f, p in (("on", "bf16"), ("off", "fp32"))]  # fmt: skip
 
 

@@ -17,8 +17,10 @@ from .networks import Network
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 EAGER_FLOPS = 40e9  # a CPU's floating-point operations per second in eager mode; only the choice to compile rests on it
-LARGE = 2e7  # operations of one sample's forward pass: above, bf16 gains in training and networks are trained one by one
-FUSED = 4e6  # the same for a compiled step of S, where casts are part of the loops beside them
+LARGE = (
+    2e7  # operations of one sample's forward pass: above, bf16 gains in training and networks are trained one by one
+)
+FUSED = 4.8e6  # the same for a compiled step of S, where casts are part of the loops beside them: the smallest that was measured
 WORTH = 90.0  # seconds of eager work above which compiling, 20 to 60 s for a graph, is earned back
 
 
@@ -100,7 +102,8 @@ def choose_precision(asked: str, device: str, net: Network, fused: bool = False)
         asked: `auto`, `fp32` or `bf16`.
         device: Where it runs.
         net: Whose arithmetic it is.
-        fused: Whether it is that of a compiled step of S, which gains from smaller networks on.
+        fused: Whether it is that of a compiled step of S by an objective that allows it (`Objective.narrow_bf16`), which gains
+            from smaller networks on.
 
     Raises:
         PotstillError: A word that is not `auto`, `fp32` or `bf16`.
@@ -110,6 +113,7 @@ def choose_precision(asked: str, device: str, net: Network, fused: bool = False)
     if asked != "auto":
         return asked
     if device.startswith("cuda"):
+        fused = False  # never measured there
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

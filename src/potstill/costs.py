@@ -96,8 +96,9 @@ def measure(
     recipe = recipe_of(row, data)
     net = build_network(recipe.network, data.shape, data.task.outputs)
     counts = counts_per_group(row.ipc, data.counts)
-    compile = compile and recipe.objective is not None and recipe.objective.needs.network  # as in a run
-    exact = choose_precision(precision, device, net, fused=compile)
+    objective = recipe.objective
+    compile = compile and objective is not None and objective.needs.network  # as in a run
+    exact = choose_precision(precision, device, net, compile and objective is not None and objective.narrow_bf16)
     settings = Settings(recipe, counts, 0, 0.0, 1000, device, compile, exact, torch.get_num_threads())
     reset_peak(device)
     before = peak_bytes(device)

@@ -6,7 +6,7 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -35,8 +35,8 @@ class Finding:
         source: Where it stands.
         kind: `accuracy`, `seconds` or `bytes`.
         more: Cells, each of which lies above `than`: `data/method/ipc` (a set's accuracy; with `@gain` that over random),
-            `transfer/data/method/ipc@network`, where `-w*` at a network's end stands for the greatest width at which all
-            such cells of the finding were measured, or `cost/data/method/ipc/form@step_seconds`, `@loss_seconds`, `@peak_bytes`.
+            `transfer/data/method/ipc@network`, where `-w*` at a network's end stands for the greatest width at which both cells of
+            a comparison were measured, or `cost/data/method/ipc/form@step_seconds`, `@loss_seconds`, `@peak_bytes`.
         than: One such cell.
         command: That measures them.
         table: For readers of the file.
@@ -98,24 +98,25 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
     Returns:
         `name`, `claim`, `verdict` (`confirmed`, `refuted`, `not resolvable`), `numbers` and `command`.
     """
-    at = _at_one_width([*finding.more, finding.than], cells)
-    finding = replace(finding, more=tuple(at[name] for name in finding.more), than=at[finding.than])
     value = _accuracy if finding.kind == "accuracy" else partial(_cost, limit=LIMITS[finding.kind])
-    than, verdicts, numbers = value(finding.than, cells), [], []
-    for name in finding.more:
-        more = value(name, cells)
-        missing = [n for n, v in ((name, more), (finding.than, than)) if not v]
+    verdicts, numbers = [], []
+    for pair in ((name, finding.than) for name in finding.more):
+        at = _at_one_width(pair, cells)
+        name, other = (at[n] for n in pair)
+        more, than = value(name, cells), value(other, cells)
+        missing = [n for n, v in ((name, more), (other, than)) if not v]
         if missing:
             verdicts.append(OPEN)
-            numbers.append(f"not measured: {', '.join(missing)}")
+            where = " at one width" if all(n.endswith(ANY_WIDTH) for n in (name, other)) else ""
+            numbers.append(f"not measured{where}: {', '.join(missing)}")
         elif finding.kind == "accuracy":
             p, higher = p_value(more, than), fmean(more) > fmean(than)
             verdicts.append(OPEN if p >= LEVEL else CONFIRMED if higher else REFUTED)
-            numbers.append(f"{name} {100 * fmean(more):.1f} %, {finding.than} {100 * fmean(than):.1f} %, p = {p:.2g}, n = {len(more)} and {len(than)}")  # fmt: skip
+            numbers.append(f"{name} {100 * fmean(more):.1f} %, {other} {100 * fmean(than):.1f} %, p = {p:.2g}, n = {len(more)} and {len(than)}")  # fmt: skip
         else:
             ratio = math.nan if more == than == [math.inf] else more[0] / (than[0] * finding.factor)
             verdicts.append(CONFIRMED if ratio > MARGIN else REFUTED if ratio < 1 / MARGIN else OPEN)
-            numbers.append(f"{name} {_words(more[0], finding.kind)}, {finding.than} {_words(than[0], finding.kind)}")
+            numbers.append(f"{name} {_words(more[0], finding.kind)}, {other} {_words(than[0], finding.kind)}")
     joint = REFUTED if REFUTED in verdicts else CONFIRMED if set(verdicts) == {CONFIRMED} else OPEN
     return {"name": finding.name, "claim": finding.claim, "verdict": joint, "numbers": "; ".join(numbers), "command": finding.command}  # fmt: skip
 
@@ -133,7 +134,8 @@ def _at_one_width(names: Sequence[str], cells: Mapping[str, Cell]) -> dict[str, 
     for name in names:
         if name.endswith(ANY_WIDTH):
             cell, _, network = name.removesuffix(ANY_WIDTH).partition("@")
-            rows = cells.get(cell, {}).get("results", ())
+            record = cells.get(cell, {})
+            rows = [r for r in record.get("results", ()) if record["status"] == "done" and (r["role"], r["variant"]) == ("set", "own")]  # fmt: skip
             known = {r["network"]: WIDTH.search(r["network"]) for r in rows if WIDTH.sub("", r["network"]) == network}
             widths[name] = {float(w[1]) if w else math.inf: f"{cell}@{at}" for at, w in known.items()}
     shared = set.intersection(*(set(w) for w in widths.values() if w)) if any(widths.values()) else set()

@@ -203,7 +203,9 @@ def prepare(
         say("compile off, precision fp64 (a kernel in closed form)")
         on = False
     else:
-        precision = str(group.share(choose_precision(ask.precision, ask.device, net, fused=on)))
+        precision = str(
+            group.share(choose_precision(ask.precision, ask.device, net, on and still.objective.narrow_bf16))
+        )
         say(f"compile {'on' if on else 'off'} ({why}), precision {precision}")
     if on:
         still = Still(data, replace(settings, compile=True, precision=precision), start, group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -32,6 +33,8 @@ class DistributionMatching(Objective):
 
     Reference: Zhao and Bilen 2023, Dataset Condensation with Distribution Matching (WACV), eq. 6.
     """
+
+    narrow_bf16: ClassVar[bool] = True
 
     real: int = 256
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -43,6 +44,7 @@ class KernelRidge(Objective):
 
     kernel: str = FEATURES
     real: int = 1024
+    narrow_bf16: ClassVar[bool] = True
     ridge: float = 1e-6
     margin: bool = False
     mirror: bool = False
