@@ -25,13 +25,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from kept import add_arguments, opened
 from official import COMMIT, REPOSITORY, commit_of
 from tables import beside_table
 
-from potstill.records import read_json, software, write_json
+from potstill.records import software, write_json
 
 HERE = Path(__file__).parent
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no row after so many")
-    parser.add_argument("--scale", default="full", choices=("full", "toy"))
     parser.add_argument("--eager", action="store_true", help="compile nothing: for toys")
-    parser.add_argument("--json", type=Path, help="the record; by default results/beside.json beside this script")
+    add_arguments(parser, "beside")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)  # for the record; nothing is computed here
     names = args.only.split(",") if args.only else [n for n, row in ROWS.items() if row.usual]
@@ -191,13 +190,7 @@ def main() -> None:
         if args.official is None:
             parser.error(f"--official is missing: a checkout of {REPOSITORY} at {COMMIT}")
         commit_of(args.official)
-    if args.json is None and toy:
-        parser.error("--json is missing: toys have no place among the results")
-    file = args.json or HERE / "results" / "beside.json"
-    record = read_json(file) if file.exists() else {"format": FORMAT, "kind": "beside", "scale": args.scale, "rows": {}}
-    if record["scale"] != args.scale:
-        parser.error(f"{file} has rows of scale {record['scale']}")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file, record = opened(parser, args, "beside", "rows")
     begin, failed = time.monotonic(), []
     for name in names:
         if name in record["rows"] and not args.again:

@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import argparse
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
+from kept import add_arguments, opened
 from tables import precision_table
 
 from potstill.costs import recipe_of
 from potstill.data import Data, load_data
-from potstill.records import read_json, software, write_json
+from potstill.records import software, write_json
 from potstill.rows import CostRow
 from potstill.still import Settings, Still
 from potstill.synthetic import counts_per_group
 
 METHODS = ("dm", "dc", "dsa", "frepo", "dd", "mtt")
 WIDE = {"frepo": "widenet-w32"}
-FORMAT = 1
 
 
 def stills(method: str, data: Data, ipc: int, width: str, toy: bool) -> tuple[Still, Still]:
@@ -82,18 +81,13 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="measure also what is in the file")
-    parser.add_argument("--scale", default="full", choices=("full", "toy"))
-    parser.add_argument("--json", type=Path)
+    add_arguments(parser, "precision")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     toy = args.scale == "toy"
     if args.draws < 2:
         parser.error(f"--draws {args.draws} is below 2")
-    if args.json is None and toy:
-        parser.error("--json is missing: toys have no place among the results")
-    file = args.json or Path(__file__).parent / "results" / "precision.json"
-    record = read_json(file) if file.exists() else {"format": FORMAT, "kind": "precision", "scale": args.scale, "cells": {}}  # fmt: skip
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file, record = opened(parser, args, "precision", "cells")
     for name in args.data.split(","):
         data = load_data(name)
         for method in args.methods.split(","):

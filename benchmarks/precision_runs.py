@@ -14,18 +14,17 @@ import argparse
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from kept import add_arguments, opened
 from tables import precision_runs_table
 
 from potstill import DistilledSet, distill, evaluate
 from potstill.data import Data, load_data
-from potstill.records import read_json, software, write_json
+from potstill.records import software, write_json
 
-FORMAT = 1
-STEPS = {  # fixed for each data set and method: where one image per class has stopped gaining quickly
+STEPS = {  # fixed, and few enough for five seeds in both precisions
     "digits": {"dm": 100, "dc": 60, "dsa": 60, "frepo": 300, "dd": 30},
     "fashion-mnist": {"dm": 60, "dc": 60, "dsa": 60, "frepo": 300, "dd": 30},
 }
@@ -34,10 +33,10 @@ EVALUATION = "evaluation"
 FORMS = ("fp32", "bf16")
 
 
-def made(data: Data, method: str, steps: int, seed: int, precision: str, width: str, form: str) -> DistilledSet:
+def made(data: Data, method: str, steps: int, seed: int, precision: str, network: str, compile: str) -> DistilledSet:
     """A set of one image per class."""
     with tempfile.TemporaryDirectory() as out:
-        run = distill(data, method, steps=steps, preset="small", seed=seed, network=width, precision=precision, compile=form, evaluate=False, out=f"{out}/run")  # fmt: skip
+        run = distill(data, method, steps=steps, preset="small", seed=seed, network=network, precision=precision, compile=compile, evaluate=False, out=f"{out}/run")  # fmt: skip
         if (took := run.record["choices"]["precision"]) != precision:
             raise SystemExit(f"{method} ran in {took} where {precision} was asked for")
         return run.set
@@ -49,18 +48,18 @@ def judged(set_: DistilledSet, data: Data, seed: int, precision: str) -> float:
     return found.accuracies[0]
 
 
-def cell(data: Data, method: str, steps: int, seeds: int, width: str, compile: str) -> dict[str, Any]:
+def cell(data: Data, method: str, steps: int, seeds: int, network: str, compile: str) -> dict[str, Any]:
     """Accuracies by precision, one a seed."""
     held = data.hold_out(0.1)
     aside = replace(held, test=held.heldout)
     found: dict[str, list[float]] = {form: [] for form in FORMS}
     begin = time.perf_counter()
     for seed in range(seeds):
-        shared = made(data, "dm", steps, seed, "fp32", width, compile) if method == EVALUATION else None
+        shared = made(data, "dm", steps, seed, "fp32", network, compile) if method == EVALUATION else None
         for form in FORMS:
-            set_ = shared or made(data, method, steps, seed, form, width, compile)
+            set_ = shared or made(data, method, steps, seed, form, network, compile)
             found[form].append(judged(set_, aside, seed, form if shared else "fp32"))
-    return {"data": data.name, "method": method, "steps": steps, "network": width, "compile": compile, "software": software("cpu"), "accuracies": found, "seconds": round(time.perf_counter() - begin, 1)}  # fmt: skip
+    return {"data": data.name, "method": method, "steps": steps, "network": network, "compile": compile, "software": software("cpu"), "accuracies": found, "seconds": round(time.perf_counter() - begin, 1)}  # fmt: skip
 
 
 def main() -> None:
@@ -72,32 +71,23 @@ def main() -> None:
     parser.add_argument("--network", default="convnet-w32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="measure also what is in the file")
-    parser.add_argument("--scale", default="full", choices=("full", "toy"))
-    parser.add_argument("--json", type=Path)
+    add_arguments(parser, "precision_runs")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     toy = args.scale == "toy"
     if args.seeds < 2:
         parser.error(f"--seeds {args.seeds} is below 2")
-    if args.json is None and toy:
-        parser.error("--json is missing: toys have no place among the results")
     for given, known in ((args.data.split(","), STEPS), (args.methods.split(","), {EVALUATION, *STEPS["digits"]})):
         if strange := [g for g in given if g not in known]:
             parser.error(f"'{strange[0]}' is none of {', '.join(sorted(known))}")
-    file = args.json or Path(__file__).parent / "results" / "precision_runs.json"
-    record = read_json(file) if file.exists() else {"format": FORMAT, "kind": "precision_runs", "scale": args.scale, "cells": {}}  # fmt: skip
-    if record["scale"] != args.scale:
-        parser.error(f"{file} has runs of another scale")
+    file, record = opened(parser, args, "precision_runs", "cells")
     for name in args.data.split(","):
         data = load_data(name)
         for method in args.methods.split(","):
             net = NETWORK.get(method, args.network)
             at = f"{name}/{method}/{net}"
-            if (
-                at in record["cells"]
-                and len(record["cells"][at]["accuracies"]["fp32"]) == args.seeds
-                and not args.again
-            ):
+            before = record["cells"].get(at)
+            if before and len(before["accuracies"]["fp32"]) == args.seeds and not args.again:
                 continue
             steps = 2 if toy else STEPS[name]["dm" if method == EVALUATION else method]
             record["cells"][at] = cell(data, method, steps, args.seeds, net, "off" if toy else "on")

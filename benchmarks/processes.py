@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from statistics import median
 
-from potstill.records import read_json, software, write_json
+from kept import add_arguments, opened
 
-FORMAT = 1
+from potstill.records import software, write_json
+
 WORKS = {
     "experts": "experts digits --network convnet-w32 --count 4 --epochs 50 --compile off --out {out}/experts",
     "evaluate": "evaluate fashion-mnist/dm/1 --networks convnet-w32 --protocol dc --repeats 4 --compile off",
@@ -53,8 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="with commas: experts, evaluate")
-    parser.add_argument("--scale", default="full", choices=("full", "toy"))
-    parser.add_argument("--json", type=Path)
+    add_arguments(parser, "processes")
     args = parser.parse_args()
     works = WORKS if args.scale == "full" else TOYS
     names = args.only.split(",") if args.only else list(works)
@@ -62,13 +61,7 @@ def main() -> None:
         parser.error(f"no work '{min(unknown)}'; there are: {', '.join(works)}")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds} is below 1")
-    if args.json is None and args.scale == "toy":
-        parser.error("--json is missing: toys have no place among the results")
-    file = args.json or Path(__file__).parent / "results" / "processes.json"
-    fresh = {"format": FORMAT, "kind": "processes", "scale": args.scale, "works": {}}
-    record = read_json(file) if file.exists() else fresh
-    if record["scale"] != args.scale:
-        parser.error(f"{file} has runs of another scale")
+    file, record = opened(parser, args, "processes", "works")
     for name in names:
         took: dict[str, list[float]] = {form: [] for form in FORMS}
         for _ in range(args.rounds):

@@ -72,10 +72,8 @@ def main() -> None:
     if isinstance(recipe.source, Experts):
         recipe.source.check(net, data)
     on = args.compile == "on" and recipe.objective.needs.network  # as in a run
-    counts, precision = (
-        counts_per_group(args.ipc, data.counts),
-        choose_precision("auto", "cpu", net, on and recipe.objective.narrow_bf16),
-    )
+    counts = counts_per_group(args.ipc, data.counts)
+    precision = choose_precision("auto", "cpu", net, on and recipe.objective.narrow_bf16)
     settings = Settings(recipe, counts, 0, 0.1, 1000, "cpu", on, precision, args.threads)
     still, begin = Still(data, settings), time.perf_counter()
     now, took = still.fresh(), []

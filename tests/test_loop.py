@@ -191,9 +191,13 @@ def test_a_compiled_step_takes_bf16_from_smaller_networks_on(tmp_path, monkeypat
     for form in ("on", "off"):
         run(tmp_path / form, steps=2, compile=form, say=said.append)
     assert [read_json(tmp_path / f / "record.json")["choices"]["precision"] for f in ("on", "off")] == ["bf16", "fp32"]  # fmt: skip
-    run(tmp_path / "on", steps=2, compile="on", resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", compile="on", bar=Interrupt(5))
+    monkeypatch.setattr(compiling, "FUSED", flops * 1e6)  # what a run began with it ends with
+    run(tmp_path / "cut", compile="on", resume=True)
+    monkeypatch.setattr(compiling, "FUSED", 1.0)
     run(tmp_path / "dc", steps=2, compile="on", method="dc")
-    assert [read_json(tmp_path / f / "record.json")["choices"]["precision"] for f in ("on", "dc")] == ["bf16", "fp32"]
+    assert [read_json(tmp_path / f / "record.json")["choices"]["precision"] for f in ("cut", "dc")] == ["bf16", "fp32"]
     assert [line for line in said if "precision" in line] == [f"compile {f} (asked for), precision {p}" for f, p in (("on", "bf16"), ("off", "fp32"))]  # fmt: skip
 
 

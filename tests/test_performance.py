@@ -77,14 +77,8 @@ def test_two_processes_gain_what_the_medians_say(tables):
     """Medians 8 and 4: 2; rounds 6/4, 8/2 and 9/6."""
     took = {"one": [6.0, 8.0, 9.0], "one, two threads": [7.0, 7.0, 7.0], "two": [4.0, 2.0, 6.0]}
     lines = tables.processes_table({"works": {"x": {"command": "evaluate a", "seconds": took}}})
-    assert cells_of(lines[2]) == [
-        "`potstill evaluate a`",
-        "8.0 s",
-        "7.0 s",
-        "4.0 s",
-        "2.00× (1.50-4.00)",
-        "1.75× (1.17-3.50)",
-    ]
+    assert cells_of(lines[2])[:4] == ["`potstill evaluate a`", "8.0 s", "7.0 s", "4.0 s"]
+    assert cells_of(lines[2])[4:] == ["2.00× (1.50-4.00)", "1.75× (1.17-3.50)"]
 
 
 def test_toys_and_unknown_tables_do_not_come_on_the_page(tables, tmp_path):
@@ -164,7 +158,7 @@ def test_runs_in_both_precisions_from_end_to_end_and_not_twice(tables, tmp_path)
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and file.read_bytes() == before
     refused = subprocess.run([*command, "--scale", "full"], capture_output=True, text=True)
-    assert refused.returncode == 2 and "another scale" in refused.stderr.splitlines()[-1]
+    assert refused.returncode == 2 and "has cells of scale toy" in refused.stderr.splitlines()[-1]
     refused = subprocess.run([*command, "--methods", "dmm"], capture_output=True, text=True)
     assert refused.returncode == 2 and "'dmm' is none of dc, dd" in refused.stderr.splitlines()[-1]
     twins = {"method": "dm", "data": "d", "network": "n", "steps": 3, "accuracies": {"fp32": [0.5, 0.6, 0.7], "bf16": [0.5, 0.7, 0.6]}}  # fmt: skip

@@ -17,10 +17,9 @@ from .networks import Network
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 EAGER_FLOPS = 40e9  # a CPU's floating-point operations per second in eager mode; only the choice to compile rests on it
-LARGE = (
-    2e7  # operations of one sample's forward pass: above, bf16 gains in training and networks are trained one by one
-)
-FUSED = 4.8e6  # the same for a compiled step of S, where casts are part of the loops beside them: the smallest that was measured
+# Operations of one sample's forward pass
+LARGE = 2e7  # above, bf16 gains in training, and networks are trained one by one
+FUSED = 4.8e6  # above, bf16 gains in a compiled step of S, where casts are part of the loops: the smallest that was measured
 WORTH = 90.0  # seconds of eager work above which compiling, 20 to 60 s for a graph, is earned back
 
 

@@ -42,9 +42,10 @@ class KernelRidge(Objective):
     and Ba 2022, Dataset Distillation using Neural Feature Regression (NeurIPS), eq. 3 and section 3.
     """
 
+    narrow_bf16: ClassVar[bool] = True
+
     kernel: str = FEATURES
     real: int = 1024
-    narrow_bf16: ClassVar[bool] = True
     ridge: float = 1e-6
     margin: bool = False
     mirror: bool = False
