@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -366,6 +367,23 @@ def test_a_budget_a_pattern_and_data_that_stand_for_others(root, tmp_path, short
     assert work.plan()[0].minutes >= 2
     assert work.run(work.plan("cifar10/*")) == {"done": 1}
     assert records(tmp_path)["performance/cifar10/random/2"]["data"] == "toy", "what they stand for names the cell only"
+
+
+def test_a_pattern_tells_the_same_cell_of_two_tables_apart(root, tmp_path):
+    (tmp_path / "mine-transfer.toml").write_text(HEAD.replace("performance", "transfer") + RANDOM)
+    (tmp_path / "mine.toml").write_text(HEAD + RANDOM)
+    work = Benchmark(suites("mine", [tmp_path]), Bench(tmp_path / "out"))
+    for pattern, tables in (
+        ("toy/random/2", ["performance"]),
+        ("toy/*", ["performance"]),
+        ("transfer/toy/random/2", ["transfer"]),
+        ("*/random/2", ["performance", "transfer"]),
+        (None, ["performance", "transfer"]),
+    ):
+        assert [cell.suite.table for cell in work.plan(pattern)] == tables
+    assert [cell.suite.table for cell in work.plan(shlex.split(work._command(work.plan()[1]))[-1])] == ["transfer"]
+    bf16 = Benchmark(work.suites, Bench(tmp_path / "out", precision="bf16"))
+    assert bf16._command(bf16.plan()[0]).endswith("--only toy/random/2 --precision bf16")
 
 
 def test_other_students_in_place_of_the_rows_own(root, tmp_path, short):

@@ -122,7 +122,7 @@ def parser() -> Parser:
     t.add_argument("--force", action="store_true", help="start again in a folder that holds a recording")
     b = add("benchmark", "Run a table of methods, data and sizes cell by cell; what is there already is kept.")
     b.add_argument("name", metavar="NAME|FILE", help="quick, review, review-transfer, cost, or a .toml of your own")
-    b.add_argument("--only", metavar="GLOB", help="cells such as '*/dm/1' or 'cost/*'")
+    b.add_argument("--only", metavar="GLOB", help="cells such as 'digits/*/1', 'transfer/*' or '*/dm/*'")
     b.add_argument("--out", type=Path, metavar="DIR", help="results folder (default: results/NAME)")
     b.add_argument("--minutes", type=float, help="leave out cells beyond this budget")
     b.add_argument("--networks", default="", metavar="A,B", help="judge with these in place of the rows' own")

@@ -103,7 +103,7 @@ class Benchmark:
         cells, left = [], budget
         for suite in self.suites:
             for row in suite.rows:
-                if only is None or any(fnmatch.fnmatch(n, only) for n in (row.cell, self.name(suite, row))):
+                if only is None or fnmatch.fnmatch(self.name(suite, row), only):
                     cell = self._planned(suite, row)
                     if cell.fate == TODO and left is not None:
                         if cell.minutes > left:
@@ -290,6 +290,8 @@ class Benchmark:
         parts += ["--data", f"{name}={b.exchange[name]}"] if name in b.exchange else []
         parts += ["--networks", ",".join(cell.suite.networks)] if cell.suite.networks else []
         parts += ["--code", ",".join(cell.suite.code)] if cell.suite.code else []
+        parts += ["--device", b.device] if b.device != "cpu" else []
+        parts += ["--precision", b.precision] if b.precision != "auto" else []  # --compile changes no accuracy
         return placeless(shlex.join([*parts, *([] if b.zoo or isinstance(cell.row, CostRow) else ["--no-zoo"])]))
 
     def _caught(self, cell: Cell, record: Record, file: Path) -> Record:
