@@ -114,8 +114,9 @@ def once_table(record: Mapping[str, Any]) -> list[str]:
 def time_to_table(record: Mapping[str, Any]) -> list[str]:
     """The first kept set of each method that reaches the goal."""
     body = []
-    for method, run in sorted(record["runs"].items(), key=lambda item: _reached(item[1])):
+    for run in sorted(record["runs"].values(), key=_reached):
         asked, reached = run["asked"], run["reached"]
+        method = asked["method"]
         threads, settings = str(asked["threads"]), " ".join(f"`{s}`" for s in asked["set"]) or "–"
         if reached is None:
             last = run["kept"][-1]
@@ -125,6 +126,22 @@ def time_to_table(record: Mapping[str, Any]) -> list[str]:
         body.append([f"`{method}`", student, f"{reached['seconds']:g}", str(reached["steps"]), _mean(reached["heldout"]), _mean(reached["test"]), threads, settings])  # fmt: skip
     head = ("method", "student, protocol", "seconds", "steps", "held out, %", "test, %", "threads", "beside the preset")
     return rows_of(head, body)
+
+
+def real_batch_table(record: Mapping[str, Any]) -> list[str]:
+    """Seconds to the goal by the number of real samples a step sees, method by method."""
+    body = []
+    for run in sorted(record["runs"].values(), key=lambda run: (run["asked"]["method"], _real(run))):
+        last = run["reached"] or run["kept"][-1]
+        took = f"{last['seconds']:g}" if run["reached"] else f"not in {last['seconds']:g}"
+        each = f"{1000 * last['seconds'] / last['steps']:.0f}"
+        body.append([f"`{run['asked']['method']}`", str(_real(run)), took, str(last["steps"]), each, _mean(last["heldout"])])  # fmt: skip
+    return rows_of(("method", "real batch", "seconds", "steps", "ms a step", "held out, %"), body)
+
+
+def _real(run: Mapping[str, Any]) -> int:
+    (value,) = [v for k, _, v in (s.partition("=") for s in run["asked"]["set"]) if k == "objective.real"]
+    return int(value)
 
 
 def _reached(run: Mapping[str, Any]) -> float:
@@ -232,6 +249,7 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "features": ("beside.json", features_table),
     "once": ("beside.json", once_table),
     "time-to": ("time_to.json", time_to_table),
+    "real-batch": ("real_batch.json", real_batch_table),
     "growth": ("growth.json", growth_table),
     "growth-machine": ("growth.json", growth_machine),
     "growth-plot": ("growth.json", growth_plot),

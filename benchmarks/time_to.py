@@ -4,7 +4,8 @@ python benchmarks/time_to.py frepo [--data fashion-mnist] [--ipc 1] [--goal 0.70
 
 Compiling is done before the clock starts and told apart. Each kept set is judged by its own student and protocol on training
 data held out; the first that reaches the goal is then judged on the test data, once. With `--json` the finding is added to a file
-that has one for each method; `benchmarks/results/time_to.json` is what `tables.py` reads.
+that has one for each method, or for each `--name`; `benchmarks/results/time_to.json` is what `tables.py` reads, and `real_batch.json` in
+the same way.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", default="on", choices=("on", "off"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--name", help="of the run in the file, where the method alone does not tell (default: METHOD)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     goal = {k: getattr(args, k) for k in ("data", "ipc", "preset", "goal")}
@@ -108,7 +110,7 @@ def main() -> None:
     if args.json:
         shown = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k != "json"}
         record = {"asked": shown, "warm_seconds": warm, "precision": still.precision, "software": software("cpu"), "kept": rows, "reached": reached}  # fmt: skip
-        write_json(args.json, {**so_far, "runs": {**so_far["runs"], args.method: record}})
+        write_json(args.json, {**so_far, "runs": {**so_far["runs"], args.name or args.method: record}})
 
 
 if __name__ == "__main__":

@@ -396,3 +396,35 @@ def test_bfloat16_is_near_float32(kind, norm):
     assert {g.dtype for g in grads.values()} == {torch.float32}
     assert all(v.dtype == torch.float32 for v in half.forward(state, x)[1].values())
     assert torch.equal(half.at(None)(state, x), full)
+
+
+@pytest.mark.parametrize("pad", [(1, 1, 1, 1), (3, 3, 3, 3), (1, 2, 0, 1)])
+@pytest.mark.parametrize("inputs", [1, 2, 3])
+def test_a_convolution_in_bfloat16_is_torchs_with_its_first_and_second_derivatives(inputs, pad):
+    """Whatever order in memory and zeros beside it make it quick; channels come out innermost."""
+    layer = Conv(inputs, 8, pad=pad)
+    rounded = {k: v.to(torch.bfloat16).double() for k, v in layer.init(Key(0)).params.items()}
+    x = noise(4, inputs, 9, 7).to(torch.bfloat16).double()
+
+    def theirs(x, weight, bias):
+        return F.conv2d(F.pad(x, pad), weight, bias)
+
+    def ours(x, weight, bias):
+        out = layer(State({"weight": weight.float(), "bias": bias.float()}, {}), x.to(torch.bfloat16), "stored", {})
+        assert out.dtype == torch.bfloat16
+        return out.double()
+
+    def slopes(f):
+        def loss(*given):
+            return f(*given).square().mean()
+
+        first = torch.func.grad(loss, (0, 1, 2))(x, *rounded.values())
+        turned = torch.func.grad(lambda w: torch.func.grad(loss)(x, w, rounded["bias"]).square().sum())(
+            rounded["weight"]
+        )
+        return [f(x, *rounded.values()), *first, turned]
+
+    for mine, right in zip(slopes(ours), slopes(theirs), strict=True):
+        assert mine.shape == right.shape and float((mine - right).norm() / right.norm()) < 0.01
+    out = layer(State({k: v.float() for k, v in rounded.items()}, {}), x.to(torch.bfloat16), "stored", {})
+    assert out.is_contiguous(memory_format=torch.channels_last)

@@ -112,7 +112,7 @@ def test_seconds_to_a_goal_from_end_to_end_beside_those_of_other_methods(tables,
     net = [
         p for s in ("network=convnet-w4", "student=convnet-w4", "objective.real=8", "protocol=dc") for p in ("--set", s)
     ]
-    for more in (["dm", *net, "--seconds", "0.05,0.1"], ["kip", "--seconds", "0.5"]):
+    for more in (["dm", *net, "--seconds", "0.05,0.1", "--name", "dm, 8"], ["kip", "--seconds", "0.5"]):
         done = subprocess.run(
             [sys.executable, str(BENCHMARKS / "time_to.py"), *more, *small], capture_output=True, text=True
         )
@@ -125,8 +125,13 @@ def test_seconds_to_a_goal_from_end_to_end_beside_those_of_other_methods(tables,
     kip, dm = (cells_of(line) for line in tables.time_to_table(record)[2:])
     reached = record["runs"]["kip"]["reached"]
     assert kip[:2] == ["`kip`", "`ntk-dense-d1`, `kip`"] and kip[2] == f"{reached['seconds']:g}"
-    assert kip[5] == f"{100 * reached['test'][0]:.1f}" and len(record["runs"]["dm"]["kept"]) == 2
+    assert kip[5] == f"{100 * reached['test'][0]:.1f}" and len(record["runs"]["dm, 8"]["kept"]) == 2
     assert dm[0] == "`dm`" and dm[2].startswith("not in 0.") and dm[7].startswith("`network=convnet-w4` `student=")
+    run = record["runs"]["dm, 8"]
+    (real,) = (cells_of(line) for line in tables.real_batch_table({"runs": {"dm, 8": run}})[2:])
+    last = run["kept"][-1]
+    assert real[:4] == ["`dm`", "8", f"not in {last['seconds']:g}", str(last["steps"])]
+    assert real[4] == f"{1000 * last['seconds'] / last['steps']:.0f}"
 
 
 def test_a_recording_by_one_process_and_by_two_from_end_to_end(tmp_path):

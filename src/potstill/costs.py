@@ -145,11 +145,11 @@ def measure(
 
 
 def operations(still: Still, now: Now) -> dict[str, float]:
-    """Floating-point operations of each phase of a step, matrix products and convolutions counted, in eager mode.
+    """Floating-point operations of each phase of a step, matrix products and convolutions counted, in eager float32.
 
-    A kernel in closed form and an unroll's rebuilt steps count as they are made: what is computed twice counts twice.
+    What half precision adds for the processor's sake is not work: it counts as float32 does. A kernel in closed form and an unroll's rebuilt steps count as they are made: what is computed twice counts twice.
     """
-    eager = Still(still.data, replace(still.settings, compile=False), still.start)
+    eager = Still(still.data, replace(still.settings, compile=False, precision="fp32"), still.start)
     slot, net, real, draws = eager.inputs_of(now, 0)
     found: dict[str, float] = {"draws": 0.0}
     target: Tree = None
