@@ -1,6 +1,6 @@
 """Minutes of distillation to an accuracy, one method at a time: sets are kept at given seconds and judged afterwards.
 
-python benchmarks/time_to.py frepo [--data fashion-mnist] [--ipc 1] [--goal 0.70] [--seconds 30,60,120] [--set PATH=VALUE] [--json FILE]
+python benchmarks/time_to.py frepo [--data fashion-mnist] [--ipc 1] [--goal 0.70] [--seconds 30,60,120] [--set PATH=VALUE] [--json FILE [--name NAME]]
 
 Compiling is done before the clock starts and told apart. Each kept set is judged by its own student and protocol on training
 data held out; the first that reaches the goal is then judged on the test data, once. With `--json` the finding is added to a file

@@ -235,7 +235,6 @@ def test_the_recorded_command_makes_the_same_set(capsys, tmp_path, npz):
     )
     command = shlex.split(json.loads((out / "record.json").read_text())["command"])
     assert command[:3] == ["potstill", "distill", "toy"]
-    assert command[command.index("--precision") + 1] == "fp32", "what auto took, which may be another elsewhere"
     again = tmp_path / "again"
     assert main(["distill", npz, *command[3:], "--no-evaluate", "--out", str(again)]) == 0
     assert (again / "set.safetensors").read_bytes() == (out / "set.safetensors").read_bytes()

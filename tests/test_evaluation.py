@@ -84,6 +84,22 @@ def test_networks_side_by_side_are_the_networks_one_by_one(name):
             assert torch.allclose(a.buffers[k], b.buffers[k], atol=1e-4), k
 
 
+def test_small_networks_in_half_precision_are_trained_one_by_one():
+    """On a few images, where in float32 they stand side by side."""
+    data = toy()
+    net = network("convnet-w8", data.shape, 3)
+    sets = [(data.prepare(data.train.inputs[i::4][:6]), data.train.labels[i::4][:6]) for i in range(2)]
+    protocol = replace(SHORT, epochs=3, augment=Augment(ops=("crop", "flip")))
+    assert Trainer(net, protocol, data.task, False, "cpu").together(6) > 1
+    half = Trainer(net.at(torch.bfloat16), protocol, data.task, False, "cpu")
+    assert half.together(6) == 1
+    states = half.fit(sets, [Key(0), Key(1)], lambda n: None)
+    full = Trainer(net, protocol, data.task, False, "cpu").fit(sets, [Key(0), Key(1)], lambda n: None)
+    for a, b in zip(states, full, strict=True):
+        for k in a.params:
+            assert torch.allclose(a.params[k], b.params[k], atol=0.02), k
+
+
 def test_networks_stand_side_by_side_where_a_step_is_little_work():
     """By the network and by the samples of a step, which a protocol's batch bounds."""
     task, many = Classification(10), training.MANY

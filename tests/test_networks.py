@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill.errors import PotstillError
 from potstill.functional import Key, cast
@@ -398,33 +399,59 @@ def test_bfloat16_is_near_float32(kind, norm):
     assert torch.equal(half.at(None)(state, x), full)
 
 
-@pytest.mark.parametrize("pad", [(1, 1, 1, 1), (3, 3, 3, 3), (1, 2, 0, 1)])
+class Convolutions(TorchDispatchMode):
+    """What convolutions are given: input, weight and padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.convolution:
+            self.met.append((args[0], args[1], args[4]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "pad", "stride", "bias"),
+    [
+        (3, (1, 1, 1, 1), 1, True),
+        (3, (3, 3, 3, 3), 1, True),
+        (3, (1, 2, 0, 1), 1, True),
+        (3, (0, 0, 1, 1), 2, False),
+        (2, (1, 1, 0, 0), 1, True),
+        (1, (0, 0, 0, 0), 2, False),
+    ],
+)
 @pytest.mark.parametrize("inputs", [1, 2, 3])
-def test_a_convolution_in_bfloat16_is_torchs_with_its_first_and_second_derivatives(inputs, pad):
-    """Whatever order in memory and zeros beside it make it quick; channels come out innermost."""
-    layer = Conv(inputs, 8, pad=pad)
+def test_a_convolution_in_bfloat16_is_torchs_with_its_first_and_second_derivatives(inputs, kernel, pad, stride, bias):
+    """Whatever order in memory, zeros beside it and padding of its own make it quick."""
+    layer = Conv(inputs, 8, kernel, pad, stride, bias)
     rounded = {k: v.to(torch.bfloat16).double() for k, v in layer.init(Key(0)).params.items()}
+    assert ("bias" in rounded) == bias
     x = noise(4, inputs, 9, 7).to(torch.bfloat16).double()
 
-    def theirs(x, weight, bias):
-        return F.conv2d(F.pad(x, pad), weight, bias)
+    def theirs(x, params):
+        return F.conv2d(F.pad(x, pad), params["weight"], params.get("bias"), stride)
 
-    def ours(x, weight, bias):
-        out = layer(State({"weight": weight.float(), "bias": bias.float()}, {}), x.to(torch.bfloat16), "stored", {})
+    def ours(x, params):
+        out = layer(State({k: v.float() for k, v in params.items()}, {}), x.to(torch.bfloat16), "stored", {})
         assert out.dtype == torch.bfloat16
         return out.double()
 
     def slopes(f):
-        def loss(*given):
-            return f(*given).square().mean()
+        def loss(x, params):
+            return f(x, params).square().mean()
 
-        first = torch.func.grad(loss, (0, 1, 2))(x, *rounded.values())
-        turned = torch.func.grad(lambda w: torch.func.grad(loss)(x, w, rounded["bias"]).square().sum())(
-            rounded["weight"]
-        )
-        return [f(x, *rounded.values()), *first, turned]
+        by_x, by_params = torch.func.grad(loss, (0, 1))(x, rounded)
+        turned = torch.func.grad(lambda p: torch.func.grad(loss)(x, p).square().sum())(rounded)["weight"]
+        return [f(x, rounded), by_x, *by_params.values(), turned]
 
     for mine, right in zip(slopes(ours), slopes(theirs), strict=True):
         assert mine.shape == right.shape and float((mine - right).norm() / right.norm()) < 0.01
-    out = layer(State({k: v.float() for k, v in rounded.items()}, {}), x.to(torch.bfloat16), "stored", {})
-    assert out.is_contiguous(memory_format=torch.channels_last)
+    with Convolutions() as seen:
+        out = layer(State({k: v.float() for k, v in rounded.items()}, {}), x.to(torch.bfloat16), "stored", {})
+    ((given, weight, padding),) = seen.met
+    assert given.stride(1) == 1 and given.shape[1] == weight.shape[1] == max(2, inputs), "channels are innermost"
+    assert max(padding) <= kernel // 2, "a wider padding is slow"
+    assert out.stride(1) == 1

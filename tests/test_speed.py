@@ -2,11 +2,13 @@
 
 import json
 import subprocess
+from dataclasses import replace
 
 import pytest
+import torch
 
 from potstill import cli, costs, speed
-from potstill.compiling import count_flops
+from potstill.compiling import count_flops, sample_flops
 from potstill.data import load_data
 from potstill.errors import PotstillError
 from potstill.functional import Key
@@ -33,6 +35,23 @@ def test_operations_are_those_of_the_passes_that_the_method_makes():
     assert found["draws"] == 0 and found["real"] == 80 * one
     assert found["synthetic"] == 2 * 10 * one
     assert found["update"] == 0  # a fresh network each step: none is trained
+
+
+def test_operations_are_those_of_float32_and_of_the_way_that_was_settled():
+    for method, settings in (
+        ("dm", {"objective__real": 8}),
+        ("dd", {"objective__steps": 3, "objective__memory": "adjoint"}),
+    ):
+        made = still(method, **settings)
+        half = Still(made.data, replace(made.settings, precision="bf16"), made.start)
+        assert half.network.precision == torch.bfloat16
+        assert costs.operations(half, half.fresh()) == costs.operations(made, made.fresh())
+    plain = still("dd", objective__steps=3, objective__memory="plain")
+    assert costs.operations(plain, plain.fresh())["synthetic"] < costs.operations(made, made.fresh())["synthetic"], (
+        "an adjoint computes each step again"
+    )
+    net = made.network
+    assert sample_flops(net.at(torch.bfloat16)) == sample_flops(net)
 
 
 def test_training_of_the_pool_counts_as_update():

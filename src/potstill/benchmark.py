@@ -291,7 +291,8 @@ class Benchmark:
         parts += ["--networks", ",".join(cell.suite.networks)] if cell.suite.networks else []
         parts += ["--code", ",".join(cell.suite.code)] if cell.suite.code else []
         parts += ["--device", b.device] if b.device != "cpu" else []
-        parts += ["--precision", b.precision] if b.precision != "auto" else []  # --compile changes no accuracy
+        parts += ["--compile", b.compile] if b.compile != "auto" else []
+        parts += ["--precision", b.precision] if b.precision != "auto" else []
         return placeless(shlex.join([*parts, *([] if b.zoo or isinstance(cell.row, CostRow) else ["--no-zoo"])]))
 
     def _caught(self, cell: Cell, record: Record, file: Path) -> Record:

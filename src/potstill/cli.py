@@ -124,7 +124,8 @@ def _benchmark(args: argparse.Namespace) -> None:
     work = Benchmark(found, bench)
     cells = work.plan(args.only, args.minutes)
     if not cells:
-        raise PotstillError(f"--only {args.only!r} keeps no cell of {args.name}")
+        there = f"; 'transfer/{args.only}' would" if work.plan(f"transfer/{args.only}") else ""
+        raise PotstillError(f"--only {args.only!r} keeps no cell of {args.name}{there}")
     print(planned(cells), flush=True)
     if not args.plan:
         with on_ray(work, args.on) if args.on else nullcontext() as through:

@@ -120,8 +120,8 @@ def choose_precision(asked: str, device: str, net: Network, fused: bool = False)
 
 
 def sample_flops(net: Network) -> float:
-    """Floating-point operations of one sample's forward pass."""
-    state = net.init(Key(0))
+    """Floating-point operations of one sample's forward pass, whatever its precision adds to them."""
+    net, state = net.at(None), net.init(Key(0))
     return count_flops(lambda: net(state, torch.zeros(1, *net.shape), "stored"))
 
 

@@ -147,9 +147,13 @@ def measure(
 def operations(still: Still, now: Now) -> dict[str, float]:
     """Floating-point operations of each phase of a step, matrix products and convolutions counted, in eager float32.
 
-    What half precision adds for the processor's sake is not work: it counts as float32 does. A kernel in closed form and an unroll's rebuilt steps count as they are made: what is computed twice counts twice.
+    What half precision adds for the processor's sake is not work: it counts as float32 does. A kernel in closed form and an
+    unroll's rebuilt steps count as they are made: what is computed twice counts twice.
     """
-    eager = Still(still.data, replace(still.settings, compile=False, precision="fp32"), still.start)
+    recipe, way = still.settings.recipe, still.objective.way
+    if way is not None:  # as it was settled: an eager run, and float32, might settle it otherwise
+        recipe = change(recipe, {"objective.memory": way})
+    eager = Still(still.data, replace(still.settings, recipe=recipe, compile=False, precision="fp32"), still.start)
     slot, net, real, draws = eager.inputs_of(now, 0)
     found: dict[str, float] = {"draws": 0.0}
     target: Tree = None

@@ -89,7 +89,9 @@ class Conv:
         left, right, top, bottom = self.pad
         weight, bias = _alike(state, x)
         half = x.dtype in HALF
-        if half and self.inputs == 1:  # with a channel of zeros: the order of a single one in memory cannot be told
+        if (
+            half and self.inputs == 1
+        ):  # strides of one channel are those of both orders, and the slow one would be taken
             x, weight, padding = F.pad(x, (*self.pad, 0, 1)), F.pad(weight, (0, 0, 0, 0, 0, 1)), (0, 0)
         elif left == right and top == bottom and not (half and max(self.pad) > self.kernel // 2):
             padding = (top, left)

@@ -44,7 +44,7 @@ def record_of(
         "format": records.FORMAT,
         "kind": "distillation",
         "method": recipe.method,
-        "command": command(ask, data, recipe, counts, steps, still),
+        "command": command(ask, data, recipe, counts, steps),
         "software": records.software(ask.device),
         "data": data.describe(),
         "recipe": to_dict(recipe),
@@ -83,12 +83,8 @@ def record_of(
     }
 
 
-def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int, still: Still | None) -> str:
-    """The command that makes this set again, from a recipe file where the method has no name to call it by.
-
-    It says the precision that was taken, also where that was left to `auto`: another machine's might be another.
-    """
-    taken = still.settings.precision if still and still.objective.needs.network else "auto"
+def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int) -> str:
+    """The command that makes this set again, from a recipe file where the method has no name to call it by."""
     start = ["torchrun", "--nproc-per-node", str(ask.ranks), "-m"] if ask.ranks > 1 else []
     parts = [*start, "potstill", "distill", data.name]
     parts += ["--parallel", ask.parallel] if ask.ranks > 1 else []
@@ -100,7 +96,7 @@ def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int,
         parts += ["--preset", recipe.preset] if isinstance(ask.method, str) else []
     for name, value, usual in (
         ("network", ask.network, None), ("init", ask.init, None), ("seed", ask.seed, 0), ("holdout", ask.holdout, 0.1),
-        ("transform", data.transform.name, "standardise"), ("precision", taken, "auto"), ("compile", ask.compile, "auto"), ("device", ask.device, "cpu"), ("memory", ask.memory, None),
+        ("transform", data.transform.name, "standardise"), ("precision", ask.precision, "auto"), ("compile", ask.compile, "auto"), ("device", ask.device, "cpu"), ("memory", ask.memory, None),
     ):  # fmt: skip
         if value != usual:
             parts += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]

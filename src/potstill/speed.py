@@ -84,7 +84,7 @@ def speed(
 
     Returns:
         `machine`, `matrix_product` (operations per second by precision) and `rows`. Of each row: `phases` with `seconds`
-        (the median), `flops` (operations counted in eager mode) and `share` of the matrix product at the row's precision;
+        (the median), `flops` (operations counted in eager float32) and `share` of the matrix product at the row's precision;
         `step_seconds`, `peak_bytes`; or `status` and `reason`.
 
     Raises:

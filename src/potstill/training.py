@@ -15,6 +15,7 @@ from .compiling import LARGE, compiled, sample_flops
 from .data import Classification
 from .errors import PotstillError
 from .functional import SGD, Adam, Key, Tree, tree_map
+from .layers import HALF
 from .methods import DSA
 from .networks import Network, State, blend
 from .records import digest
@@ -171,7 +172,7 @@ class Trainer:
         task: Loss and score.
         compile: Whether a step is compiled.
         device: Where.
-        together: Networks trained side by side in one step; by the work of a step if absent.
+        together: Networks trained side by side in one step; by the work of a step if absent. One in half precision.
     """
 
     def __init__(
@@ -225,6 +226,8 @@ class Trainer:
 
         One graph for all spares what each call costs; convolutions for several networks at once are slower than for one.
         """
+        if self.net.precision in HALF:  # maps with their channels innermost cannot be in a `vmap`
+            return 1
         if self.side_by_side:
             return self.side_by_side
         if self.net.rows:
