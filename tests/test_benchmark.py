@@ -200,6 +200,29 @@ def test_a_cell_is_measured_again_when_its_row_changes_and_its_set_kept_when_onl
     assert [c.fate for c in same.plan()] == ["kept"], "what a paper says changes no number"
 
 
+def test_what_a_row_asks_for_more_is_added_to_what_its_cell_has(root, tmp_path, short, monkeypatch):
+    """A network, a seed, a baseline or a variant more is measured alone; fewer are no reason to measure."""
+    few = RANDOM
+    many = few.replace('["convnet-w4"]', '["convnet-w4", "mlp-w4"]') + 'seeds = [0, 1]\nbaselines = ["random"]\n'
+    work, more = bench_of(tmp_path, HEAD + few), bench_of(tmp_path, HEAD + many)
+    assert work.run(work.plan()) == {"done": 1}
+    old = records(tmp_path)["performance/toy/random/2"]
+    asked, judged = [], Judge.set
+    monkeypatch.setattr(Judge, "set", lambda self, set_, named, net: asked.append(net) or judged(self, set_, named, net))
+    assert more.run(more.plan()) == {"done": 1}
+    new = records(tmp_path)["performance/toy/random/2"]
+    assert asked == ["mlp-w4", "convnet-w4", "mlp-w4"] and new["inputs"] == old["inputs"]
+    assert new["results"][0] == old["results"][0] and len(new["sets"]) == 2
+    assert {(r["seed"], r["role"], r["network"]) for r in new["results"]} == {
+        *((seed, "set", net) for seed in (0, 1) for net in ("convnet-w4", "mlp-w4")), (0, "random", "convnet-w4"), (0, "random", "mlp-w4")}  # fmt: skip
+    for row in (few, many):
+        again = bench_of(tmp_path, HEAD + row)
+        assert [c.fate for c in again.plan()] == ["kept"]
+    other = bench_of(tmp_path, HEAD + few.replace('"convnet-w4"', '"mlp-w8"'))
+    assert other.run(other.plan()) == {"done": 1} and asked[3:] == ["mlp-w8"]
+    assert records(tmp_path)["performance/toy/random/2"]["row"]["networks"] == ["convnet-w4", "mlp-w4", "mlp-w8"]
+
+
 def test_another_length_is_another_set_and_the_old_one_is_found_again(root, tmp_path, short, monkeypatch):
     """A finished run of other minutes would resume without complaint: nothing that makes a set may find another's."""
     short_, long = DM.replace("steps = 4", "minutes = 0.01"), DM.replace("steps = 4", "minutes = 0.02")

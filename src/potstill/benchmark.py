@@ -33,6 +33,7 @@ from .rows import CostRow, Row, Suite
 Record = dict[str, Any]
 TODO, DONE, KEPT, OTHER = "to do", "done", "kept", "in another process"
 LEFT, ABSENT, FAILED, MEMORY = "left out", "absent", "failed", "out of memory"
+ADDED = ("seeds", "networks", "baselines", "variants")  # more of them add numbers to a cell and change none that it has
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,11 @@ class Benchmark:
             data = self.bench.data(row.data)
         except PotstillError as error:
             return Cell(suite, row, 0.0, "", ABSENT, reason(error))
-        plain = {k: v for k, v in asdict(row).items() if k != "published"}
+        plain = {k: v for k, v in asdict(row).items() if k not in ("published", *ADDED)}
         parts: list[Any] = [suite.table, plain, data.fingerprint]
         lies = None
         if isinstance(row, Row):
-            parts += [protocol_of(row.protocol).hash]
+            parts += [protocol_of(row.protocol).hash, row.seeds[0]]
             parts += [asdict(suite.experts[row.experts])] if row.experts else []
             lies = in_zoo(self.bench, row, data)
             parts += [read_json(lies / "record.json")["set"]["sha256"]] if lies is not None else []
@@ -158,7 +159,7 @@ class Benchmark:
             return Cell(suite, row, 0.0, mark, TODO, reason(error))
         cell = Cell(suite, row, took, mark, TODO)
         found = self.kept(cell)
-        return replace(cell, fate=KEPT) if self._settled(found) else cell
+        return replace(cell, fate=KEPT) if self._settled(found, row) else cell
 
     def again(self, suite: Suite, row: Row | CostRow) -> Cell:
         """One cell as it is planned here and now."""
@@ -214,7 +215,7 @@ class Benchmark:
         try:
             with self.bench.locked(file):
                 found = self.kept(cell)
-                if self._settled(found):
+                if self._settled(found, cell.row):
                     return KEPT  # another process has made it since the plan
                 if cell.fate == ABSENT and self._measured(file):
                     return ABSENT  # what was measured when the data were here stays
@@ -232,10 +233,15 @@ class Benchmark:
         return str(record["status"])
 
     @staticmethod
-    def _settled(found: Record | None) -> bool:
-        """Whether a record needs no further run; where costs are measured, a limit that was met is a result."""
-        limits = (MEMORY, TIME) if found is not None and found.get("kind") == "cost" else ()
-        return found is not None and found["status"] in (DONE, *limits)
+    def _settled(found: Record | None, row: Row | CostRow) -> bool:
+        """Whether a record needs no further run: it is done and has all that the row asks for. Where costs are measured, a
+        limit that was met is a result.
+        """
+        if found is None:
+            return False
+        if isinstance(row, CostRow):
+            return found["status"] in (DONE, MEMORY, TIME)
+        return found["status"] == DONE and all(set(getattr(row, k)) <= set(found.get("row", {}).get(k, ())) for k in ADDED)
 
     @staticmethod
     def _measured(file: Path) -> bool:
@@ -281,6 +287,8 @@ class Benchmark:
         record |= {"protocol": row.protocol, "published": asdict(published) if published else None, "sets": [], "results": []}  # fmt: skip
         if found is not None:
             record |= {k: found[k] for k in ("sets", "results", "seconds") if k in found}
+            both = {k: dict.fromkeys((*found.get("row", {}).get(k, ()), *getattr(row, k))) for k in ADDED}
+            record["row"] |= {k: list(v) for k, v in both.items() if v}
         return record
 
     def _command(self, cell: Cell) -> str:
