@@ -208,7 +208,9 @@ def test_what_a_row_asks_for_more_is_added_to_what_its_cell_has(root, tmp_path, 
     assert work.run(work.plan()) == {"done": 1}
     old = records(tmp_path)["performance/toy/random/2"]
     asked, judged = [], Judge.set
-    monkeypatch.setattr(Judge, "set", lambda self, set_, named, net: asked.append(net) or judged(self, set_, named, net))
+    monkeypatch.setattr(
+        Judge, "set", lambda self, set_, named, net: asked.append(net) or judged(self, set_, named, net)
+    )
     assert more.run(more.plan()) == {"done": 1}
     new = records(tmp_path)["performance/toy/random/2"]
     assert asked == ["mlp-w4", "convnet-w4", "mlp-w4"] and new["inputs"] == old["inputs"]

@@ -241,7 +241,9 @@ class Benchmark:
             return False
         if isinstance(row, CostRow):
             return found["status"] in (DONE, MEMORY, TIME)
-        return found["status"] == DONE and all(set(getattr(row, k)) <= set(found.get("row", {}).get(k, ())) for k in ADDED)
+        return found["status"] == DONE and all(
+            set(getattr(row, k)) <= set(found.get("row", {}).get(k, ())) for k in ADDED
+        )
 
     @staticmethod
     def _measured(file: Path) -> bool:
