@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median, pstdev, stdev
+from statistics import mean, median, pstdev
 from typing import Any
 
 from scipy.stats import ttest_rel
@@ -221,8 +221,8 @@ def precision_runs_table(record: Mapping[str, Any]) -> list[str]:
     for cell in record["cells"].values():
         exact, rough = (cell["accuracies"][form] for form in ("fp32", "bf16"))
         gain = [100 * (b - a) for a, b in zip(exact, rough, strict=True)]
-        shown = [f"{100 * mean(a):.1f} ± {100 * stdev(a):.1f}" for a in (exact, rough)]
-        body.append([cell["method"], cell["data"], cell["network"], str(cell["steps"]), *shown, f"{mean(gain):+.1f} ± {stdev(gain):.1f}", f"{ttest_rel(rough, exact).pvalue:.2f}", str(len(exact))])  # fmt: skip
+        shown = [f"{100 * mean(a):.1f} ± {100 * pstdev(a):.1f}" for a in (exact, rough)]
+        body.append([cell["method"], cell["data"], cell["network"], str(cell["steps"]), *shown, f"{mean(gain):+.1f} ± {pstdev(gain):.1f}", f"{ttest_rel(rough, exact).pvalue:.2f}", str(len(exact))])  # fmt: skip
     head = ("method", "data", "network", "steps", "fp32, %", "bf16, %", "bf16 less fp32, seed by seed", "p", "n")
     return rows_of(head, body)
 

@@ -55,7 +55,7 @@ CELLS = {
     ],
 )
 def test_verdicts(kind, more, than, factor, verdict):
-    found = judge(Finding("n", "c", "s", kind, tuple(more), than, "command", factor=factor), CELLS)
+    found = judge(Finding("n", "c", "s", kind, tuple(more), (than,), "command", factor=factor), CELLS)
     assert found["verdict"] == verdict, found["numbers"]
     other = {"seconds": "/c/", "bytes": "/e/"}.get(kind, "failed")  # the limit that says nothing of these
     assert ("not measured" in found["numbers"]) == any(
@@ -77,21 +77,21 @@ def test_networks_of_any_width_are_compared_at_the_greatest_that_all_have():
     }
 
     def verdict(*more, than):
-        found = judge(Finding("n", "c", "s", "accuracy", more, than, "command"), cells)
+        found = judge(Finding("n", "c", "s", "accuracy", more, (than,), "command"), cells)
         return found["verdict"], found["numbers"]
 
     said, numbers = verdict("t/a@vgg11-w*", than="t/b@vgg11-w*")
-    assert said == "confirmed" and numbers.startswith("t/a@vgg11-w16 50.5 %, t/b@vgg11-w16 30.5 %")
+    assert said == "confirmed" and numbers.startswith("t/a@vgg11-w16: 50.5 %, t/b@vgg11-w16: 30.5 %")
     said, numbers = verdict("t/a@vgg11-w*", than="t/c@vgg11-w*")
-    assert said == "confirmed" and numbers.startswith("t/a@vgg11 90.5 %, t/c@vgg11 20.5 %")
+    assert said == "confirmed" and numbers.startswith("t/a@vgg11: 90.5 %, t/c@vgg11: 20.5 %")
     assert verdict("t/a@vgg11-w*", than="t/d@vgg11-w*")[1] == "not measured at one width: t/a@vgg11-w*, t/d@vgg11-w*"
     unfinished = {**cells, "t/b": {**cells["t/b"], "status": "running"}}
-    assert judge(Finding("n", "c", "s", "accuracy", ("t/b@vgg11-w*",), "t/a@vgg11-w*", "x"), unfinished)["verdict"] == "not resolvable"  # fmt: skip
+    assert judge(Finding("n", "c", "s", "accuracy", ("t/b@vgg11-w*",), ("t/a@vgg11-w*",), "x"), unfinished)["verdict"] == "not resolvable"  # fmt: skip
     assert verdict("t/a@vgg11-w*", than="t/none@vgg11-w*")[1] == "not measured: t/none@vgg11-w*"
     said, numbers = verdict("t/a@vgg11-w*", "t/none@vgg11-w*", than="t/b@vgg11-w*")
-    assert said == "not resolvable" and "w16 50.5" in numbers and numbers.endswith("not measured: t/none@vgg11-w*")
+    assert said == "not resolvable" and "w16: 50.5" in numbers and numbers.endswith("not measured: t/none@vgg11-w*")
     numbers = verdict("t/a@vgg11-w*", "t/c@vgg11-w*", "t/d@vgg11-w*", than="t/a@vgg11-w*")[1]
-    assert "t/c@vgg11 20.5" in numbers, "each comparison has a width of its own"
+    assert "t/c@vgg11: 20.5" in numbers, "each comparison has a width of its own"
 
 
 def test_a_file_of_findings_and_what_may_be_wrong_in_it(tmp_path):
@@ -99,13 +99,63 @@ def test_a_file_of_findings_and_what_may_be_wrong_in_it(tmp_path):
     file = tmp_path / "f.toml"
     file.write_text(good)
     (found,) = read(file)
-    assert found.more == ("a",) and found.factor == 1
+    assert (found.more, found.than) == (("a",), ("b",)) and found.factor == 1
     for text, words in (
         (good.replace("bytes", "byte"), "no kind 'byte'; did you mean 'bytes'"),
         (good + "colour = 1\n", "no field 'colour'"),
         (good.replace('than = "b"\n', ""), "than is missing"),
         ("[[finding", "cannot be read"),
+        (good.replace('"a"', '"a less b"'), "compared with another difference only"),
+        (good + 'each = { m = "dd" }\n', "lists by name are needed"),
+        (good.replace('"a"', '"{method}"') + 'each = { m = ["dd"] }\n', "{method} is nothing that it is for each of"),
     ):
         file.write_text(text)
         with pytest.raises(PotstillError, match=words):
             read(file)
+
+
+def test_a_row_for_each_choice_is_as_many_findings(tmp_path):
+    file = tmp_path / "f.toml"
+    file.write_text(
+        '[[finding]]\nname = "{m}-{n}"\nclaim = "{M} on {n}"\nsource = "s"\nkind = "accuracy"\neach = { m = ["dd", "dc"], n = ["1", "10"] }\n'
+        'more = ["d/{m}/{n}"]\nthan = "d/random/{n}"\ncommand = "x"\n[[finding]]\nname = "one"\nclaim = "{as it is}"\nsource = "s"\n'
+        'kind = "bytes"\nmore = "a"\nthan = ["b", "c"]\ncommand = "x"\n'
+    )
+    found = read(file)
+    assert [f.name for f in found] == ["dd-1", "dd-10", "dc-1", "dc-10", "one"]
+    assert found[1].claim == "DD on 10" and (found[1].more, found[1].than) == (("d/dd/10",), ("d/random/10",))
+    assert found[4].claim == "{as it is}" and found[4].than == ("b", "c")
+
+
+def test_differences_are_compared_part_by_part_at_a_width_each_has():
+    """What DD loses from one network to another against what DM does: narrow networks with narrow, wide with wide."""
+
+    def at(**widths):
+        return {"status": "done", "results": [row for n, v in widths.items() for row in cell(v, n.replace("_", "-"))["results"]]}  # fmt: skip
+
+    cells = {
+        "t/dd": at(convnet_w16=[0.8, 0.82], convnet=[0.9, 0.9], vgg11_w8=[0.5, 0.52]),
+        "t/dm": at(convnet_w16=[0.7, 0.72], vgg11_w8=[0.65, 0.66], vgg11=[0.1, 0.1]),
+    }
+    pair = ("t/dd@convnet-w* less t/dd@vgg11-w*",), ("t/dm@convnet-w* less t/dm@vgg11-w*",)
+    found = judge(Finding("n", "c", "s", "accuracy", *pair, "command", note="why"), cells)
+    assert found["verdict"] == "confirmed" and found["note"] == "why"
+    assert found["numbers"].startswith(
+        "t/dd@convnet-w16 less t/dd@vgg11-w8: 30.0 %, t/dm@convnet-w16 less t/dm@vgg11-w8: 5.5 %"
+    )
+    assert judge(Finding("n", "c", "s", "accuracy", *reversed(pair), "command"), cells)["verdict"] == "refuted"
+    missing = judge(Finding("n", "c", "s", "accuracy", pair[0], ("t/dm@convnet-w* less t/dm@resnet18-w*",), "x"), cells)
+    assert missing["verdict"] == "not resolvable" and "resnet18-w*" in missing["numbers"]
+
+
+def test_the_command_has_the_options_that_the_cells_were_measured_with():
+    def by(options):
+        return {
+            **cell([0.5, 0.6]),
+            "command": f"potstill benchmark rows/review.toml --only 'd/*/1' {options} --out 'a b'",
+        }
+
+    cells = {"d/a/1": by("--networks convnet-w32 --precision bf16 --no-zoo"), "d/b/1": by("--precision bf16 --networks convnet-w16 --no-zoo")}  # fmt: skip
+    found = judge(Finding("n", "c", "s", "accuracy", ("d/a/1",), ("d/b/1",), "potstill benchmark review"), cells)
+    assert found["command"] == "potstill benchmark review --precision bf16 --no-zoo"
+    assert judge(Finding("n", "c", "s", "accuracy", ("d/x/1",), ("d/y/1",), "it"), cells)["command"] == "it"

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, pstdev
 from typing import Any
 
 import numpy as np
@@ -187,13 +187,13 @@ def test_figures_are_those_of_the_records(tmp_path: Path) -> None:
     source = written(tmp_path, everything())
     named = dict(tables(source))
     rows = {row[0]: row[1:] for row in named["protocol dsa · aaaa0000 · convnet"]}
-    assert rows["dm"][0].startswith("60.0 ± 1.0") and rows["dm"][1] == "80.0 ± 1.0"
-    assert rows["dc"][:2] == ["55.0 ± 1.0", "81.0 ± 1.0"]
+    assert rows["dm"][0].startswith("60.0 ± 0.8") and rows["dm"][1] == "80.0 ± 0.8"
+    assert rows["dc"][:2] == ["55.0 ± 0.8", "81.0 ± 0.8"]
     for record in everything():
         if record["status"] == "done" and record["table"] != "cost":
             for r in record["results"]:
                 if (r["role"], r["variant"]) == ("set", "own") and len(r["accuracies"]) > 1:
-                    words = f"{100 * fmean(r['accuracies']):.1f} ± {100 * stdev(r['accuracies']):.1f}"
+                    words = f"{100 * fmean(r['accuracies']):.1f} ± {100 * pstdev(r['accuracies']):.1f}"
                     assert words in text(source), words
     seen = text(source)
     for words in ("quick, quick-transfer", "a CPU, 1 thread, cpu", "potstill 0.1.0, torch 2.14.1", "14 of 21 measured"):
@@ -203,8 +203,8 @@ def test_figures_are_those_of_the_records(tmp_path: Path) -> None:
 def test_best_and_second_by_column(tmp_path: Path) -> None:
     source = written(tmp_path, everything())
     best, second = marked(source, "best"), marked(source, "second")
-    assert best[:2] == ["81.0 ± 1.0", "60.0 ± 1.0 71.2 ± 0.6 3"]  # by row: dc before dm
-    assert second[:2] == ["55.0 ± 1.0", "80.0 ± 1.0"]
+    assert best[:2] == ["81.0 ± 0.8", "60.0 ± 0.8 71.2 ± 0.6 3"]  # by row: dc before dm
+    assert second[:2] == ["55.0 ± 0.8", "80.0 ± 0.8"]
     assert not [b for b in best + second if b.startswith(("97", "99", "91", "70"))]  # whole, kernel, alone
     assert "0.250" in best and "3.00" in second  # less is better where it is a cost
 
@@ -214,7 +214,7 @@ def test_whole_data_and_kernels_do_not_compete(tmp_path: Path) -> None:
     source = written(tmp_path, [*kernels, cell("dm"), cell("whole", 1, results=[result([0.97])])])
     assert marked(source, "best") == [] and marked(source, "second") == []
     rows = dict(tables(source))["protocol dsa · aaaa0000 · convnet"]
-    assert rows == [["dm", "50.0 ± 1.0 n = 3", "–"], ["whole", "–", "97.0 n = 1"]]  # a column of its own, at the end
+    assert rows == [["dm", "50.0 ± 0.8 n = 3", "–"], ["whole", "–", "97.0 n = 1"]]  # a column of its own, at the end
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_what_is_missing_says_why(tmp_path: Path) -> None:
 def test_transfer_by_network(tmp_path: Path) -> None:
     source = written(tmp_path, everything())
     rows = dict(tables(source))["digits, 10 images per class · protocol dsa · aaaa0000"]
-    assert rows[0] == ["dm", "61.0 ± 1.4 65.5 1", "51.0 ± 1.4"]  # the published number is that of the first network
+    assert rows[0] == ["dm", "61.0 ± 1.0 65.5 1", "51.0 ± 1.0"]  # the published number is that of the first network
     assert rows[1] == ["mtt", "failed 2", "failed 2"]
     assert ">61.0</text>" in source and ">51.0</text>" in source and ">mlp</text>" in source  # the heat map
 
@@ -298,7 +298,7 @@ def test_what_was_not_measured_joins_its_own_network(tmp_path: Path) -> None:
 def test_an_unfinished_cell_has_no_number_yet(tmp_path: Path) -> None:
     half = cell("dc", status="running", accuracy=0.9)
     rows = dict(tables(written(tmp_path, [cell("dm"), half])))["protocol dsa · aaaa0000 · convnet"]
-    assert rows == [["dc", "unfinished"], ["dm", "50.0 ± 1.0"]]
+    assert rows == [["dc", "unfinished"], ["dm", "50.0 ± 0.8"]]
 
 
 def test_cost_names_another_network(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_fairness_beside_accuracy(tmp_path: Path) -> None:
     found = [rows for name, rows in tables(written(tmp_path, everything())) if name == "Beside every accuracy"]
     dm = next(row for rows in found for row in rows if row[0] == "dm digits")
     p = stats.ttest_ind([0.59, 0.6, 0.61], [0.3, 0.31, 0.32], equal_var=False).pvalue
-    assert dm[1:5] == ["1", "60.0 ± 1.0", "+29.0 1", f"{p:.2g}" if p >= 1e-4 else "< 0.0001"]
+    assert dm[1:5] == ["1", "60.0 ± 0.8", "+29.0 1", f"{p:.2g}" if p >= 1e-4 else "< 0.0001"]
     assert dm[5] == "37.0"  # 97 % by the whole set, in a cell of its own, less 60 %
     assert dm[-2:] == ["2.64 kB", "1.50 min"]
     frepo = next(row for rows in found for row in rows if row[0] == "frepo digits")
@@ -333,7 +333,7 @@ def test_csv_parses_back(tmp_path: Path) -> None:
     assert len(rows) == len(everything()) + 2  # two cells of two networks each
     by = {(r["table"], r["cell"], r["network"]): r for r in rows}
     frepo = by["performance", "digits/frepo/1", "convnet"]
-    assert float(frepo["accuracy_mean"]) == fmean([0.9, 0.92]) and float(frepo["accuracy_std"]) == stdev([0.9, 0.92])
+    assert float(frepo["accuracy_mean"]) == fmean([0.9, 0.92]) and float(frepo["accuracy_std"]) == pstdev([0.9, 0.92])
     assert frepo["n"] == "2" and frepo["baseline"] == "random, soft labels" and frepo["protocol_hash"] == "bbbb1111"
     assert float(frepo["gain"]) == fmean([0.9, 0.92]) - fmean([0.8, 0.81])
     dm = by["performance", "digits/dm/1", "convnet"]
@@ -360,9 +360,9 @@ def test_markdown_is_well_formed(tmp_path: Path) -> None:
             runs.append(run)
             run = []
     assert len(runs) >= 7 and all(len(set(r)) == 1 and len(r) > 2 for r in runs)
-    assert "| dm | **60.0 ± 1.0** (published 71.2 ± 0.6 [" in source
+    assert "| dm | **60.0 ± 0.8** (published 71.2 ± 0.6 [" in source
     assert "a\\|b \\*c\\* &lt;i&gt;" in source and "| a \\| b | refuted | 1 &lt; 2 | x |" in source
-    assert "*55.0 ± 1.0*" in source
+    assert "*55.0 ± 0.8*" in source
 
 
 def test_a_later_folder_wins_only_if_done(tmp_path: Path) -> None:
@@ -380,7 +380,7 @@ def test_a_later_folder_wins_only_if_done(tmp_path: Path) -> None:
 def test_two_suites_do_not_share_a_place(tmp_path: Path) -> None:
     records = [cell("dm", accuracy=0.4), cell("dc"), cell("dm", accuracy=0.6, suite="long", cell="digits/dm-long/1")]
     rows = dict(tables(written(tmp_path, records)))["protocol dsa · aaaa0000 · convnet"]
-    assert [row[:2] for row in rows] == [["dc", "50.0 ± 1.0"], ["dm quick", "40.0 ± 1.0"], ["dm long", "60.0 ± 1.0"]]
+    assert [row[:2] for row in rows] == [["dc", "50.0 ± 0.8"], ["dm quick", "40.0 ± 0.8"], ["dm long", "60.0 ± 0.8"]]
 
 
 def test_a_row_with_a_name_is_no_point_of_its_methods_line(tmp_path: Path) -> None:
@@ -483,7 +483,7 @@ def test_sets_that_cannot_be_read_leave_the_numbers(tmp_path: Path) -> None:
     (results / "runs/digits/dm/1/seed0/set.safetensors").write_bytes(b"nothing")
     publish([results], tmp_path / "page.html")
     source = (tmp_path / "page.html").read_text()
-    assert 'class="card"' not in source and "50.0 ± 1.0" in text(source)
+    assert 'class="card"' not in source and "50.0 ± 0.8" in text(source)
 
 
 def test_snapshots_that_do_not_fit_are_left_out(tmp_path: Path) -> None:

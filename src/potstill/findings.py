@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+import shlex
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,8 @@ LEVEL = 0.05  # of the test that two accuracies differ
 MARGIN = 1.1  # ratio below which two measured costs count as one
 ANY_WIDTH = "-w*"
 WIDTH = re.compile(r"-w(\d+)(?=-d\d+$|$)")
+LESS = " less "
+NAMES = {"frepo": "FRePo"}  # methods whose name is not theirs in capitals
 LIMITS = {"seconds": "out of time", "bytes": "out of memory"}
 
 
@@ -34,13 +38,15 @@ class Finding:
         claim: In a sentence.
         source: Where it stands.
         kind: `accuracy`, `seconds` or `bytes`.
-        more: Cells, each of which lies above `than`: `data/method/ipc` (a set's accuracy; with `@gain` that over random),
+        more: Cells, each of which lies above each of `than`: `data/method/ipc` (a set's accuracy; with `@gain` that over random),
             `transfer/data/method/ipc@network`, where `-w*` at a network's end stands for the greatest width at which both cells of
-            a comparison were measured, or `cost/data/method/ipc/form@step_seconds`, `@loss_seconds`, `@peak_bytes`.
-        than: One such cell.
+            a comparison were measured, or `cost/data/method/ipc/form@step_seconds`, `@loss_seconds`, `@peak_bytes`. Of accuracies
+            also `A less B`: the points that B has less than A.
+        than: Such cells.
         command: That measures them.
         table: For readers of the file.
         factor: `more` lies above `than` times this.
+        note: What else differs between the two, for the reader of the verdict.
     """
 
     name: str
@@ -48,19 +54,21 @@ class Finding:
     source: str
     kind: str
     more: tuple[str, ...]
-    than: str
+    than: tuple[str, ...]
     command: str
     table: str = ""
     factor: float = 1.0
+    note: str = ""
 
     @property
     def cells(self) -> set[str]:
         """The cells that it speaks of."""
-        return {name.partition("@")[0] for name in (*self.more, self.than)}
+        return {part.partition("@")[0] for name in (*self.more, *self.than) for part in name.split(LESS)}
 
 
 def read(file: Path) -> list[Finding]:
-    """The findings of a file.
+    """The findings of a file. A row with `each = { method = ["dd", "dc"], ... }` stands for one finding per choice: what is in braces
+    in its texts (`{method}`, or `{METHOD}` for the name in capitals) is that choice.
 
     Raises:
         PotstillError: It is no TOML, or a row has fields that do not exist or lacks some.
@@ -70,7 +78,7 @@ def read(file: Path) -> list[Finding]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise PotstillError(f"{file} cannot be read ({error})") from error
     known, found = {f.name for f in fields(Finding)}, []
-    for i, row in enumerate(plain.get("finding", [])):
+    for i, row in _each(plain.get("finding", []), file.name):
         at = f"{file.name}: finding {i + 1} ({row.get('name', 'without a name')})"
         for name in sorted(set(row) - known):
             raise PotstillError(f"{at}: {unknown('field', name, known)}")
@@ -79,9 +87,34 @@ def read(file: Path) -> list[Finding]:
                 raise PotstillError(f"{at}: {name} is missing")
         if row["kind"] not in KINDS:
             raise PotstillError(f"{at}: {unknown('kind', str(row['kind']), KINDS)}")
-        more = row["more"] if isinstance(row["more"], list) else [row["more"]]
-        found.append(Finding(**{**row, "more": tuple(more)}))
+        sides = {k: tuple(row[k]) if isinstance(row[k], list) else (row[k],) for k in ("more", "than")}
+        if len({name.count(LESS) for side in sides.values() for name in side}) > 1:
+            raise PotstillError(f"{at}: `A less B` is compared with another difference only")
+        found.append(Finding(**{**row, **sides}))
     return found
+
+
+def _each(rows: Sequence[Mapping[str, Any]], file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows, each with its place in the file, once for every choice of what it is `each` for."""
+    for i, row in enumerate(rows):
+        each = row.get("each", {})
+        if not isinstance(each, dict) or not all(isinstance(v, list) and v for v in each.values()):
+            raise PotstillError(f"{file}: finding {i + 1}: each = {each!r}: lists by name are needed")
+        for chosen in itertools.product(*each.values()):
+            names = dict(zip(each, map(str, chosen), strict=True))
+            names |= {k.upper(): NAMES.get(v, v.upper()) for k, v in names.items()}
+            try:
+                yield i, {k: _filled(v, names) for k, v in row.items() if k != "each"}
+            except (KeyError, IndexError, ValueError) as error:
+                raise PotstillError(
+                    f"{file}: finding {i + 1}: {{{error.args[0]}}} is nothing that it is for each of"
+                ) from error
+
+
+def _filled(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, list):
+        return [_filled(v, names) for v in value]
+    return value.format_map(names) if isinstance(value, str) and names else value
 
 
 def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
@@ -96,29 +129,30 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
         cells: Records by name: that of the cell, after `transfer/` for the table of transfer.
 
     Returns:
-        `name`, `claim`, `verdict` (`confirmed`, `refuted`, `not resolvable`), `numbers` and `command`.
+        `name`, `claim`, `verdict` (`confirmed`, `refuted`, `not resolvable`), `numbers`, `note` and `command`, with the options of the
+        runs that have measured the cells.
     """
     value = _accuracy if finding.kind == "accuracy" else partial(_cost, limit=LIMITS[finding.kind])
     verdicts, numbers = [], []
-    for pair in ((name, finding.than) for name in finding.more):
-        at = _at_one_width(pair, cells)
-        name, other = (at[n] for n in pair)
+    for pair in itertools.product(finding.more, finding.than):
+        name, other = _at_one_width(pair, cells)
         more, than = value(name, cells), value(other, cells)
         missing = [n for n, v in ((name, more), (other, than)) if not v]
         if missing:
             verdicts.append(OPEN)
-            where = " at one width" if all(n.endswith(ANY_WIDTH) for n in (name, other)) else ""
+            where = " at one width" if all(ANY_WIDTH in n for n in (name, other)) else ""
             numbers.append(f"not measured{where}: {', '.join(missing)}")
         elif finding.kind == "accuracy":
             p, higher = p_value(more, than), fmean(more) > fmean(than)
             verdicts.append(OPEN if p >= LEVEL else CONFIRMED if higher else REFUTED)
-            numbers.append(f"{name} {100 * fmean(more):.1f} %, {other} {100 * fmean(than):.1f} %, p = {p:.2g}, n = {len(more)} and {len(than)}")  # fmt: skip
+            numbers.append(f"{name}: {100 * fmean(more):.1f} %, {other}: {100 * fmean(than):.1f} %, p = {p:.2g}, n = {len(more)} and {len(than)}")  # fmt: skip
         else:
             ratio = math.nan if more == than == [math.inf] else more[0] / (than[0] * finding.factor)
             verdicts.append(CONFIRMED if ratio > MARGIN else REFUTED if ratio < 1 / MARGIN else OPEN)
-            numbers.append(f"{name} {_words(more[0], finding.kind)}, {other} {_words(than[0], finding.kind)}")
+            numbers.append(f"{name}: {_words(more[0], finding.kind)}, {other}: {_words(than[0], finding.kind)}")
     joint = REFUTED if REFUTED in verdicts else CONFIRMED if set(verdicts) == {CONFIRMED} else OPEN
-    return {"name": finding.name, "claim": finding.claim, "verdict": joint, "numbers": "; ".join(numbers), "command": finding.command}  # fmt: skip
+    command = " ".join([finding.command, *_options(cells[c] for c in sorted(finding.cells) if c in cells)])
+    return {"name": finding.name, "claim": finding.claim, "verdict": joint, "numbers": "; ".join(numbers), "note": finding.note, "command": command}  # fmt: skip
 
 
 def judge_all(findings: Sequence[Finding], cells: Mapping[str, Cell]) -> list[dict[str, str]]:
@@ -126,10 +160,28 @@ def judge_all(findings: Sequence[Finding], cells: Mapping[str, Cell]) -> list[di
     return [judge(f, cells) for f in findings]
 
 
-def _at_one_width(names: Sequence[str], cells: Mapping[str, Cell]) -> dict[str, str]:
-    """Names with `-w*` and what each stands for: a narrow network is compared with one as narrow. A name stays as it is where its
-    network was measured at no width, or at none that the others have.
+def _options(records: Iterable[Cell]) -> list[str]:
+    """The options that all of some cells were measured with, but for which cells and where to."""
+    found: list[dict[str, str]] = []
+    for record in records:
+        words = iter(shlex.split(str(record.get("command") or ""))[3:])  # after `potstill benchmark NAME`
+        pairs = {word: "" if word == "--no-zoo" else next(words, "") for word in words}
+        found.append({k: v for k, v in pairs.items() if k not in ("--only", "--out")})
+    if not found:
+        return []
+    return [shlex.join([k, v] if v else [k]) for k, v in found[0].items() if all(f.get(k) == v for f in found)]
+
+
+def _at_one_width(names: Sequence[str], cells: Mapping[str, Cell]) -> list[str]:
+    """Names as they were measured: `-w*` becomes the greatest width that all have, so that a narrow network is compared with one as
+    narrow; differences part by part.
     """
+    columns = [_one_width(parts, cells) for parts in zip(*(name.split(LESS) for name in names), strict=True)]
+    return [LESS.join(parts) for parts in zip(*columns, strict=True)]
+
+
+def _one_width(names: Sequence[str], cells: Mapping[str, Cell]) -> list[str]:
+    """A name stays as it is where its network was measured at no width, or at none that the others have."""
     widths: dict[str, dict[float, str]] = {}
     for name in names:
         if name.endswith(ANY_WIDTH):
@@ -139,13 +191,16 @@ def _at_one_width(names: Sequence[str], cells: Mapping[str, Cell]) -> dict[str, 
             known = {r["network"]: WIDTH.search(r["network"]) for r in rows if WIDTH.sub("", r["network"]) == network}
             widths[name] = {float(w[1]) if w else math.inf: f"{cell}@{at}" for at, w in known.items()}
     shared = set.intersection(*(set(w) for w in widths.values() if w)) if any(widths.values()) else set()
-    return {name: widths[name].get(max(shared), name) if shared and name in widths else name for name in names}
+    return [widths[name].get(max(shared), name) if shared and name in widths else name for name in names]
 
 
 def _accuracy(name: str, cells: Mapping[str, Cell]) -> list[float]:
     """Accuracies over networks and sets; with `@gain` those of the first set, each less that of the
-    random real samples beside it, so that the spread of both counts.
+    random real samples beside it, so that the spread of both counts; so for one name less another.
     """
+    if LESS in name:
+        both = [_accuracy(part, cells) for part in name.split(LESS)]
+        return [round(a - b, 9) for a, b in zip(*both, strict=False)]
     cell, _, what = name.partition("@")
     record = cells.get(cell)
     if record is None or record.get("status") != "done":

@@ -10,6 +10,7 @@ from typing import Any
 
 from .page import MARKS, STATES, Entry, Group, fair, lines, ranks
 from .places import IN_ZOO
+from .training import PROTOCOLS
 
 ZOO_NOTE = "a set of the zoo, at the length and settings on its card, which may not be those of other rows"
 
@@ -77,8 +78,18 @@ def performance_table(group: Group, key: str) -> Table:
     columns = sorted({(e.data, e.ipc) for e in group.entries}, key=lambda c: (c[0], c[1] is None, c[1] or 0))
     rows = _accuracy(group.entries, columns, lambda e: (e.data, e.ipc), notes, lambda e: e.data)
     heads = tuple((data, "all" if ipc is None else str(ipc)) for data, ipc in columns)
-    words = f"Accuracy in %, mean ± standard deviation; columns: images per class. {_spread(group.entries)}"
+    words = f"Accuracy in %, mean ± standard deviation; columns: images per class. {_spread(group.entries)}{_augmented(group.protocol)}"
     return Table(key, name_of(group), words, heads, rows, tuple(notes.found))
+
+
+def _augmented(protocol: str) -> str:
+    """What rows of one protocol do not share."""
+    own = protocol in PROTOCOLS and PROTOCOLS[protocol].own
+    return (
+        " Each set is augmented as it was made, those of DSA, DM and MTT with DSA's operations, others not at all."
+        if own
+        else ""
+    )
 
 
 def transfer_table(group: Group, key: str) -> Table:

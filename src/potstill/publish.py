@@ -118,7 +118,8 @@ def markdown_page(cells: Sequence[Cell], findings: Sequence[Record]) -> str:
     if page.findings:
         lines += ["", "## Findings", "", "| claim | verdict | numbers | command |", "| --- | --- | --- | --- |"]
         for f in page.findings:
-            cells_ = (f.get(k) or "" for k in ("claim", "verdict", "numbers", "command"))
+            numbers = ". ".join(str(f[k]) for k in ("numbers", "note") if f.get(k))
+            cells_ = (f.get("claim"), f.get("verdict") or "", numbers, f.get("command") or "")
             lines.append(f"| {' | '.join(_plain(str(c)) for c in cells_)} |")
     return "\n".join(lines) + "\n"
 

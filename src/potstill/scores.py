@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean, pstdev
 from typing import Any
 
 Cell = Mapping[str, Any]
@@ -31,9 +31,9 @@ def accuracies(cell: Cell, role: str = "set", variant: str = "own", network: str
 
 
 def mean(cell: Cell, network: str | None = None) -> tuple[float, float, int] | None:
-    """Mean, sample standard deviation (0 for one) and number of a cell's accuracies; `None` where there are none."""
+    """Mean, population standard deviation, as everywhere here and in the field, and number of a cell's accuracies; `None` where there are none."""
     scores = accuracies(cell, network=network)
-    return (fmean(scores), stdev(scores) if len(scores) > 1 else 0.0, len(scores)) if scores else None
+    return (fmean(scores), pstdev(scores), len(scores)) if scores else None
 
 
 def _difference(cell: Cell, variant: str, network: str | None) -> float | None:
