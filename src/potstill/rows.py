@@ -269,7 +269,7 @@ def read(file: Path, own: bool = True, code: Sequence[str] = ()) -> tuple[Suite,
             wrong(f"{at}: a second row for {row.cell}")
         cells.add(row.cell)
         rows.append(row)
-    called = file.name if own else file.stem
+    called = (file.name if file.is_absolute() else file.as_posix()) if own else file.stem
     return Suite(file.stem, str(title), str(table), tuple(rows), experts, called, code=tuple(code)), mistakes
 
 
