@@ -202,6 +202,12 @@ def _recipe(recipe: Mapping[str, Any], ipc: int, record: Mapping[str, Any]) -> l
     if isinstance(record.get("command"), str):
         command = "".join(c for c in record["command"] if c.isprintable() and c != "`")
         lines += ["", "```console", f"$ {command}", "```"]
+    if isinstance(record.get("experts"), str):
+        mark = plain(record["experts"])
+        lines += [
+            "",
+            f"`DIR` is a folder of recorded experts (mark {mark}); `docs/methods/mtt.md` says how those of the zoo were recorded.",
+        ]
     found = departures(recipe, ipc)
     if found:
         lines += ["", "Where it departs from the preset `paper`:", ""]
