@@ -20,6 +20,7 @@ from scipy.stats import ttest_rel
 
 from potstill.errors import PotstillError
 from potstill.records import read_json, write_whole
+from potstill.speed import lines
 
 HERE = Path(__file__).parent
 MIB = 2**20
@@ -49,16 +50,20 @@ def beside_table(record: Mapping[str, Any]) -> list[str]:
             ratio = other["median"][what] / ours["median"][what]
             spread = f"{ratio:.2f}× ({min(pairs):.2f}-{max(pairs):.2f})"
             times = [time_of(side["median"][what]) for side in (other, ours)]
-            body.append([row["title"] + WORDS.get(what, f": {what}"), row["other"], *times, spread, *_bars(row, what, "×")])  # fmt: skip
+            body.append([row["title"] + WORDS.get(what, f": {what}"), row["other"], *times, spread, *_bars(row, what, ratio)])  # fmt: skip
         if "memory" in row["bars"]:
             grown = [side["peak_bytes"] - side["baseline_bytes"] for side in (other, ours)]
-            sizes = [f"{g / MIB:,.0f} MiB" for g in grown]
-            body.append([row["title"] + ": memory", row["other"], *sizes, f"{grown[0] / max(grown[1], 1):.2f}×", *_bars(row, "memory", "×")])  # fmt: skip
+            sizes, ratio = [f"{g / MIB:,.0f} MiB" for g in grown], grown[0] / max(grown[1], 1)
+            body.append(
+                [row["title"] + ": memory", row["other"], *sizes, f"{ratio:.2f}×", *_bars(row, "memory", ratio)]
+            )
     return rows_of(("work", "against", "theirs", "ours", "ratio (of neighbouring rounds)", "bar", "aim"), body)
 
 
-def _bars(row: Mapping[str, Any], what: str, unit: str) -> list[str]:
-    return [f"{bar:g}{unit}" for bar in row["bars"].get(what, ())] or ["–", "–"]
+def _bars(row: Mapping[str, Any], what: str, ratio: float) -> list[str]:
+    """Bar and aim, and whether the bar was missed."""
+    bars = row["bars"].get(what)
+    return [f"{bars[0]:g}×" + ", missed" * (ratio < bars[0]), f"{bars[1]:g}×"] if bars else ["–", "–"]
 
 
 def beside_machine(record: Mapping[str, Any]) -> list[str]:
@@ -204,6 +209,23 @@ def growth_machine(record: Mapping[str, Any]) -> list[str]:
     return [line]
 
 
+def speed_table(record: Mapping[str, Any]) -> list[str]:
+    """Where a step's time goes, as `potstill speed` prints it."""
+    head, *body = lines(record)
+    machine = record["machine"]["machine"]
+    said = f"{machine['processor']}, {machine['threads']} threads; matrix product " + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in record["matrix_product"].items())  # fmt: skip
+    return [said + ".", "", *rows_of(head, [[f"`{name}`", *rest] for name, *rest in body])]
+
+
+def start_table(record: Mapping[str, Any]) -> list[str]:
+    """Seconds to the first step, by part: the median, the least and the most."""
+    body = []
+    for at, run in record["runs"].items():
+        parts = [f"{median(t):.2f} ({min(t):.2f}-{max(t):.2f})" for t in run["seconds"].values()]
+        body.append([f"`{at}`", *parts, str(run["software"]["machine"]["threads"]), str(len(next(iter(run["seconds"].values()))))])  # fmt: skip
+    return rows_of(("data, method", "interpreter, imports", "data, network, plan", "in all, s", "threads", "n"), body)
+
+
 def precision_table(record: Mapping[str, Any]) -> list[str]:
     """Cosines of gradients in bfloat16 to those in float32, and of those of neighbouring draws."""
     body = []
@@ -250,6 +272,8 @@ TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "once": ("beside.json", once_table),
     "time-to": ("time_to.json", time_to_table),
     "real-batch": ("real_batch.json", real_batch_table),
+    "speed": ("speed.json", speed_table),
+    "start": ("start.json", start_table),
     "growth": ("growth.json", growth_table),
     "growth-machine": ("growth.json", growth_machine),
     "growth-plot": ("growth.json", growth_plot),
@@ -276,7 +300,7 @@ def fill(text: str, results: Path) -> str:
             lines = table(record)
         except (PotstillError, KeyError):
             return f"{found[1]}*Not measured yet.*\n{found[3]}"
-        if record["scale"] != "full":
+        if record.get("scale", "full") != "full":
             raise SystemExit(f"{file} has toys")
         return found[1] + "\n".join(lines) + "\n" + found[3]
 

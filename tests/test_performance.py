@@ -63,6 +63,36 @@ def test_exponents_are_those_of_the_last_two_points(tables):
     assert cells_of(lines[3])[3:] == ["1.00", "0.50"] and "32: out of time" in lines[3]
 
 
+def test_a_missed_bar_says_so(tables):
+    side = {"baseline_bytes": 0, "peak_bytes": 0}
+    ours, other = ({**side, "seconds": {"step": [t]}, "median": {"step": t}} for t in (1.0, 3.9))
+    for bar, shown in ((4.0, "4×, missed"), (3.9, "3.9×")):
+        row = {
+            "title": "a step",
+            "other": "plain",
+            "bars": {"step": [bar, 5.0]},
+            "sides": {"ours": ours, "plain": other},
+        }
+        assert cells_of(tables.beside_table({"rows": {"x": row}})[2])[4:] == ["3.90× (3.90-3.90)", shown, "5×"]
+
+
+def test_seconds_to_the_first_step_are_medians_and_ends(tables):
+    run = {"seconds": {"import": [1.0, 3.0, 2.0], "data, network": [0.5, 0.5, 0.5], "in all": [1.5, 3.5, 2.5]}, "software": {"machine": {"threads": 2}}}  # fmt: skip
+    (line,) = tables.start_table({"runs": {"digits/dm": run}})[2:]
+    assert cells_of(line) == ["`digits/dm`", "2.00 (1.00-3.00)", "0.50 (0.50-0.50)", "2.50 (1.50-3.50)", "2", "3"]
+
+
+def test_the_start_of_a_run_is_measured_in_fresh_processes(tables, tmp_path):
+    file = tmp_path / "start.json"
+    command = [sys.executable, str(BENCHMARKS / "start.py"), "--data", "digits", "--repeats", "2", "--threads", "1", "--scale", "toy", "--json", str(file)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads(file.read_text())["runs"]["digits/dm"]["seconds"]
+    assert all(len(t) == 2 for t in seconds.values()) and min(seconds["in all"]) > max(seconds["import"]) > 0
+    strange = subprocess.run([*command[:3], "nothing", *command[4:]], capture_output=True, text=True)
+    assert strange.returncode == 1 and "nothing" in strange.stderr and "Traceback" not in strange.stderr
+
+
 def test_the_page_says_what_the_records_say(tables):
     """No number was typed, and none is older than its record."""
     shown = set()
