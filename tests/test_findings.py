@@ -117,12 +117,12 @@ def test_a_file_of_findings_and_what_may_be_wrong_in_it(tmp_path):
 def test_a_row_for_each_choice_is_as_many_findings(tmp_path):
     file = tmp_path / "f.toml"
     file.write_text(
-        '[[finding]]\nname = "{m}-{n}"\nclaim = "{M} on {n}"\nsource = "s"\nkind = "accuracy"\neach = { m = ["dd", "dc"], n = ["1", "10"] }\n'
+        '[[finding]]\nname = "{m}-{n}"\nclaim = "{M} on {n}"\nsource = "s"\nkind = "accuracy"\neach = { m = ["dd", "frepo"], n = ["1", "10"] }\n'
         'more = ["d/{m}/{n}"]\nthan = "d/random/{n}"\ncommand = "x"\n[[finding]]\nname = "one"\nclaim = "{as it is}"\nsource = "s"\n'
         'kind = "bytes"\nmore = "a"\nthan = ["b", "c"]\ncommand = "x"\n'
     )
     found = read(file)
-    assert [f.name for f in found] == ["dd-1", "dd-10", "dc-1", "dc-10", "one"]
+    assert [f.name for f in found] == ["dd-1", "dd-10", "frepo-1", "frepo-10", "one"] and found[2].claim == "FRePo on 1"
     assert found[1].claim == "DD on 10" and (found[1].more, found[1].than) == (("d/dd/10",), ("d/random/10",))
     assert found[4].claim == "{as it is}" and found[4].than == ("b", "c")
 
