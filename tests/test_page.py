@@ -559,12 +559,13 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == f"14 of 21 cells are done: {tmp_path / 'page.md'}\n"
 
 
-def test_the_example_is_the_page_of_its_records(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["quick", "review"])
+def test_the_example_is_the_page_of_its_records(tmp_path: Path, name: str) -> None:
     """The tables under docs/ to the letter, and no figure in them but of a record that loads."""
     here = Path(__file__).parent.parent
-    records = here / "benchmarks" / "results" / "review"
-    assert main(["report", str(records), "--out", str(tmp_path / "review.md")]) == 0
-    assert (tmp_path / "review.md").read_text() == (here / "docs" / "example" / "review.md").read_text()
+    records = here / "benchmarks" / "results" / name
+    assert main(["report", str(records), "--out", str(tmp_path / "page.md")]) == 0
+    assert (tmp_path / "page.md").read_text() == (here / "docs" / "example" / f"{name}.md").read_text()
     assert all(json.loads(f.read_text())["status"] == "done" for f in (records / "cells").rglob("*.json"))
 
 
