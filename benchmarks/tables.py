@@ -63,7 +63,7 @@ def beside_table(record: Mapping[str, Any]) -> list[str]:
 def _bars(row: Mapping[str, Any], what: str, ratio: float) -> list[str]:
     """Bar and aim, and whether the bar was missed."""
     bars = row["bars"].get(what)
-    return [f"{bars[0]:g}×" + ", missed" * (ratio < bars[0]), f"{bars[1]:g}×"] if bars else ["–", "–"]
+    return [f"{bars[0]:g}×" + ", missed" * (round(ratio, 2) < bars[0]), f"{bars[1]:g}×"] if bars else ["–", "–"]
 
 
 def beside_machine(record: Mapping[str, Any]) -> list[str]:

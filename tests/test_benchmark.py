@@ -31,6 +31,7 @@ from potstill.testing import toy
 from potstill.training import PROTOCOLS
 
 HEAD = 'title = "t"\ntable = "performance"\n'
+PLACES = HEAD.replace("performance", "transfer")
 DM = """[[row]]
 method = "dm"
 data = "toy"
@@ -204,25 +205,74 @@ def test_what_a_row_asks_for_more_is_added_to_what_its_cell_has(root, tmp_path, 
     """A network, a seed, a baseline or a variant more is measured alone; fewer are no reason to measure."""
     few = RANDOM
     many = few.replace('["convnet-w4"]', '["convnet-w4", "mlp-w4"]') + 'seeds = [0, 1]\nbaselines = ["random"]\n'
-    work, more = bench_of(tmp_path, HEAD + few), bench_of(tmp_path, HEAD + many)
+    work, more = bench_of(tmp_path, PLACES + few), bench_of(tmp_path, PLACES + many)
     assert work.run(work.plan()) == {"done": 1}
-    old = records(tmp_path)["performance/toy/random/2"]
+    old = records(tmp_path)["transfer/toy/random/2"]
     asked, judged = [], Judge.set
     monkeypatch.setattr(
         Judge, "set", lambda self, set_, named, net: asked.append(net) or judged(self, set_, named, net)
     )
     assert more.run(more.plan()) == {"done": 1}
-    new = records(tmp_path)["performance/toy/random/2"]
+    new = records(tmp_path)["transfer/toy/random/2"]
     assert asked == ["mlp-w4", "convnet-w4", "mlp-w4"] and new["inputs"] == old["inputs"]
     assert new["results"][0] == old["results"][0] and len(new["sets"]) == 2
     assert {(r["seed"], r["role"], r["network"]) for r in new["results"]} == {
         *((seed, "set", net) for seed in (0, 1) for net in ("convnet-w4", "mlp-w4")), (0, "random", "convnet-w4"), (0, "random", "mlp-w4")}  # fmt: skip
+    assert [x["seeds"] for x in new["met"]] == [[0], [0, 1]]
     for row in (few, many):
-        again = bench_of(tmp_path, HEAD + row)
+        again = bench_of(tmp_path, PLACES + row)
         assert [c.fate for c in again.plan()] == ["kept"]
-    other = bench_of(tmp_path, HEAD + few.replace('"convnet-w4"', '"mlp-w8"'))
+    other = bench_of(tmp_path, PLACES + few.replace('"convnet-w4"', '"mlp-w8"'))
     assert other.run(other.plan()) == {"done": 1} and asked[3:] == ["mlp-w8"]
-    assert records(tmp_path)["performance/toy/random/2"]["row"]["networks"] == ["convnet-w4", "mlp-w4", "mlp-w8"]
+    found = records(tmp_path)["transfer/toy/random/2"]
+    assert found["row"]["networks"] == ["mlp-w8", "convnet-w4", "mlp-w4"]
+    crossed = bench_of(tmp_path, PLACES + few.replace('"convnet-w4"', '"mlp-w8"') + 'baselines = ["random"]\n')
+    assert [c.fate for c in crossed.plan()] == ["to do"], "the baseline was measured on the other networks only"
+
+
+def test_what_cannot_be_added_leaves_what_was_there(root, tmp_path, short, monkeypatch):
+    """A network that fails, or a process that is killed: the numbers stay, and the rest is still to do."""
+    few = PLACES + RANDOM
+    more = few.replace('["convnet-w4"]', '["convnet-w4", "mlp-w4"]')
+    work, wider = bench_of(tmp_path, few), bench_of(tmp_path, more)
+    work.run(work.plan())
+    old = records(tmp_path)["transfer/toy/random/2"]
+
+    def fail(self, *args):
+        on_disk = records(tmp_path)["transfer/toy/random/2"]
+        assert on_disk["status"] == "done" and on_disk["results"] == old["results"], "as it is if the process ends here"
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "set", fail)
+        assert wider.run(wider.plan()) == {"out of memory": 1}
+    found = records(tmp_path)["transfer/toy/random/2"]
+    assert (
+        found["status"] == "done"
+        and found["results"] == old["results"]
+        and found["reason"] == "more than this machine has"
+    )
+    assert [bench_of(tmp_path, x).plan()[0].fate for x in (few, more)] == ["kept", "to do"]
+    again = bench_of(tmp_path, more)
+    assert again.run(again.plan()) == {"done": 1} and len(records(tmp_path)["transfer/toy/random/2"]["results"]) == 2
+    assert bench_of(tmp_path, more).plan()[0].fate == "kept"
+
+
+def test_a_set_of_which_nothing_is_missing_is_not_made_again(root, tmp_path, short):
+    """Records without their runs, as they are handed on: a further seed is measured alone."""
+    work = bench_of(tmp_path, HEAD + DM)
+    work.run(work.plan())
+    old = records(tmp_path)["performance/toy/dm/1"]
+    shutil.rmtree(tmp_path / "out" / "runs")
+    file = tmp_path / "out" / "cells" / "performance" / "toy" / "dm" / "1.json"
+    before = json.loads(file.read_text())
+    del before["met"], before["checksum"]  # as records were before they said what they have met
+    file.write_text(json.dumps(before))
+    assert bench_of(tmp_path, HEAD + DM).plan()[0].fate == "kept"
+    more = bench_of(tmp_path, HEAD + DM + "seeds = [0, 1]\n")
+    assert more.run(more.plan()) == {"done": 1}
+    new = records(tmp_path)["performance/toy/dm/1"]
+    assert new["results"][: len(old["results"])] == old["results"] and [s["seed"] for s in new["sets"]] == [0, 1]
 
 
 def test_another_length_is_another_set_and_the_old_one_is_found_again(root, tmp_path, short, monkeypatch):

@@ -107,7 +107,14 @@ def test_a_file_of_findings_and_what_may_be_wrong_in_it(tmp_path):
         ("[[finding", "cannot be read"),
         (good.replace('"a"', '"a less b"'), "compared with another difference only"),
         (good + 'each = { m = "dd" }\n', "lists by name are needed"),
-        (good.replace('"a"', '"{method}"') + 'each = { m = ["dd"] }\n', "{method} is nothing that it is for each of"),
+        (
+            good.replace('"a"', '"{method}"') + 'each = { m = ["dd"] }\n',
+            "'method' in braces is nothing that it is for each of",
+        ),
+        (good.replace('"a"', "3"), "names of cells"),
+        (good.replace('"a"', "[]"), "names of cells"),
+        (good.replace('"a"', '"a less b"').replace('"b"', '"c less d"'), "of accuracies, is compared"),
+        (good.replace('"a"', '"{m.x}"') + 'each = { m = ["dd"] }\n', "in braces is nothing"),
     ):
         file.write_text(text)
         with pytest.raises(PotstillError, match=words):
@@ -141,7 +148,7 @@ def test_differences_are_compared_part_by_part_at_a_width_each_has():
     found = judge(Finding("n", "c", "s", "accuracy", *pair, "command", note="why"), cells)
     assert found["verdict"] == "confirmed" and found["note"] == "why"
     assert found["numbers"].startswith(
-        "t/dd@convnet-w16 less t/dd@vgg11-w8: 30.0 %, t/dm@convnet-w16 less t/dm@vgg11-w8: 5.5 %"
+        "t/dd@convnet-w16 less t/dd@vgg11-w8: 30.0 points, t/dm@convnet-w16 less t/dm@vgg11-w8: 5.5 points"
     )
     assert judge(Finding("n", "c", "s", "accuracy", *reversed(pair), "command"), cells)["verdict"] == "refuted"
     missing = judge(Finding("n", "c", "s", "accuracy", pair[0], ("t/dm@convnet-w* less t/dm@resnet18-w*",), "x"), cells)
@@ -158,4 +165,7 @@ def test_the_command_has_the_options_that_the_cells_were_measured_with():
     cells = {"d/a/1": by("--networks convnet-w32 --precision bf16 --no-zoo"), "d/b/1": by("--precision bf16 --networks convnet-w16 --no-zoo")}  # fmt: skip
     found = judge(Finding("n", "c", "s", "accuracy", ("d/a/1",), ("d/b/1",), "potstill benchmark review"), cells)
     assert found["command"] == "potstill benchmark review --precision bf16 --no-zoo"
+    for words, shown in (("--data 'c=$POTSTILL_DATA/x'", "it --data c=$POTSTILL_DATA/x"), ("--data 'c=a b'", "it --data 'c=a b'"), ("--data 'open", "it")):  # fmt: skip
+        one = {"d/a/1": {**cell([0.5, 0.6]), "command": f"potstill benchmark review --only d/a/1 {words}"}}
+        assert judge(Finding("n", "c", "s", "accuracy", ("d/a/1",), ("d/y/1",), "it"), one)["command"] == shown
     assert judge(Finding("n", "c", "s", "accuracy", ("d/x/1",), ("d/y/1",), "it"), cells)["command"] == "it"

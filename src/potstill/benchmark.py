@@ -21,7 +21,7 @@ from filelock import Timeout
 
 from . import findings
 from .bench import Bench
-from .cells import accuracy, in_zoo, minutes
+from .cells import ADDED, accuracy, asked, covered, in_zoo, minutes
 from .compiling import PRECISIONS, check_device, choose_compile, keep_memory
 from .costs import TIME, in_own_process
 from .errors import NoMemory, PotstillError, Stopped, unknown
@@ -33,7 +33,6 @@ from .rows import CostRow, Row, Suite
 Record = dict[str, Any]
 TODO, DONE, KEPT, OTHER = "to do", "done", "kept", "in another process"
 LEFT, ABSENT, FAILED, MEMORY = "left out", "absent", "failed", "out of memory"
-ADDED = ("seeds", "networks", "baselines", "variants")  # more of them add numbers to a cell and change none that it has
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,14 @@ class Benchmark:
         if not file.exists():
             return None
         try:
-            found = read_json(file)
-            return dict(found) if found["inputs"] == cell.mark and found["status"] else None
-        except (PotstillError, KeyError, TypeError):
+            found = dict(read_json(file))
+            if found["inputs"] != cell.mark or not found["status"]:
+                return None
+            if isinstance(cell.row, Row) and found["status"] == DONE:
+                found.setdefault("met", [{k: list(found["row"].get(k, ())) for k in ADDED}])
+                covered(found, cell.row)
+            return found
+        except (PotstillError, KeyError, TypeError, ValueError, AttributeError):
             return None  # damaged: measured again
 
     def plan(self, only: str | None = None, budget: float | None = None) -> list[Cell]:
@@ -146,6 +150,7 @@ class Benchmark:
         lies = None
         if isinstance(row, Row):
             parts += [protocol_of(row.protocol).hash, row.seeds[0]]
+            parts += [row.networks] if suite.table == "performance" else []
             parts += [asdict(suite.experts[row.experts])] if row.experts else []
             lies = in_zoo(self.bench, row, data)
             parts += [read_json(lies / "record.json")["set"]["sha256"]] if lies is not None else []
@@ -153,12 +158,13 @@ class Benchmark:
         chosen = (b.device, b.precision, b.compile if isinstance(row, CostRow) else "auto")
         parts += [chosen] if chosen != ("cpu", "auto", "auto") else []
         mark = digest(parts)
-        try:
-            took = minutes(row, data, int(lies is not None))
-        except PotstillError as error:
-            return Cell(suite, row, 0.0, mark, TODO, reason(error))
-        cell = Cell(suite, row, took, mark, TODO)
+        cell = Cell(suite, row, 0.0, mark, TODO)
         found = self.kept(cell)
+        there = max(int(lies is not None), len(found.get("sets", ())) if found else 0)
+        try:
+            cell = replace(cell, minutes=minutes(row, data, there))
+        except PotstillError as error:
+            return replace(cell, reason=reason(error))
         return replace(cell, fate=KEPT) if self._settled(found, row) else cell
 
     def again(self, suite: Suite, row: Row | CostRow) -> Cell:
@@ -226,11 +232,16 @@ class Benchmark:
                     record = {**head, "status": ABSENT, "reason": cell.reason}
                 else:
                     record = make(cell, head, file)
+                fate, words = str(record["status"]), self._words(record)
+                if isinstance(cell.row, Row) and fate == DONE:
+                    record = {**record, "met": [*head["met"], asked(cell.row)]}
+                elif found is not None and found["status"] == DONE:
+                    record = {**record, "status": DONE}  # what was added has failed; what was there stays
                 write_sealed(file, record)
         except Timeout:
             return OTHER
-        self.bench.say(f"{name}: {record['status']}{self._words(record)}")
-        return str(record["status"])
+        self.bench.say(f"{name}: {fate}{words}")
+        return fate
 
     @staticmethod
     def _settled(found: Record | None, row: Row | CostRow) -> bool:
@@ -241,9 +252,7 @@ class Benchmark:
             return False
         if isinstance(row, CostRow):
             return found["status"] in (DONE, MEMORY, TIME)
-        return found["status"] == DONE and all(
-            set(getattr(row, k)) <= set(found.get("row", {}).get(k, ())) for k in ADDED
-        )
+        return found["status"] == DONE and covered(found, row)
 
     @staticmethod
     def _measured(file: Path) -> bool:
@@ -280,25 +289,30 @@ class Benchmark:
             "data": placeless(self.bench.exchange.get(row.data, row.data)),
             "ipc": row.ipc,
             "row": {k: v for k, v in asdict(row).items() if v not in ("", (), {}, None)},
-            "command": self._command(cell),
+            "command": self._command(cell, cell.suite.networks),
             "seconds": 0.0,
             "software": software(self.bench.device),
         }
         if isinstance(row, CostRow):
             return {**record, "form": row.form, "network": row.network}
-        record |= {"protocol": row.protocol, "published": asdict(published) if published else None, "sets": [], "results": []}  # fmt: skip
+        record |= {"protocol": row.protocol, "published": asdict(published) if published else None, "met": [], "sets": [], "results": []}  # fmt: skip
         if found is not None:
-            record |= {k: found[k] for k in ("sets", "results", "seconds") if k in found}
-            both = {k: dict.fromkeys((*found.get("row", {}).get(k, ()), *getattr(row, k))) for k in ADDED}
-            record["row"] |= {k: list(v) for k, v in both.items() if v}
+            record |= {k: found[k] for k in ("met", "sets", "results", "seconds") if k in found}
+        if record["met"]:  # a whole record, to which something is added: it is one all the while
+            both = {
+                k: list(dict.fromkeys((*getattr(row, k), *(v for met in record["met"] for v in met[k])))) for k in ADDED
+            }
+            more = set(both["networks"]) != set(row.networks)
+            record["command"] = self._command(cell, both["networks"] if more else cell.suite.networks)
+            record |= {"status": DONE, "row": record["row"] | {k: v for k, v in both.items() if v}}
         return record
 
-    def _command(self, cell: Cell) -> str:
+    def _command(self, cell: Cell, networks: Sequence[str]) -> str:
         """The command that runs the cell alone."""
         name, b = cell.row.data, self.bench
         parts = ["potstill", "benchmark", cell.suite.called, "--only", self.name(cell.suite, cell.row)]
         parts += ["--data", f"{name}={b.exchange[name]}"] if name in b.exchange else []
-        parts += ["--networks", ",".join(cell.suite.networks)] if cell.suite.networks else []
+        parts += ["--networks", ",".join(networks)] if networks else []
         parts += ["--code", ",".join(cell.suite.code)] if cell.suite.code else []
         parts += ["--device", b.device] if b.device != "cpu" else []
         parts += ["--compile", b.compile] if b.compile != "auto" else []

@@ -31,6 +31,7 @@ from .training import Trainer
 from .transforms import describe
 
 Record = dict[str, Any]
+ADDED = ("seeds", "networks", "baselines", "variants")  # more of them add numbers to a cell and change none that it has
 CALL = 4e-3  # seconds that a training step of the smallest network takes, for estimates
 
 
@@ -68,6 +69,16 @@ def minutes(row: Row | CostRow, data: Data, there: int = 0) -> float:
     return row.minutes * sets + seconds / 60
 
 
+def asked(row: Row) -> dict[str, list[Any]]:
+    """What a row wants measured, of that to which more may be added."""
+    return {k: list(getattr(row, k)) for k in ADDED}
+
+
+def covered(record: Record, row: Row) -> bool:
+    """Whether a record has met in full a request that asks for all that the row does."""
+    return any(all(set(wanted) <= set(met[k]) for k, wanted in asked(row).items()) for met in record.get("met", ()))
+
+
 def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -> Record:
     """Make the sets, judge each in every way that the row asks for; after each number the record is on disk."""
     data, results = bench.data(row.data), record["results"]
@@ -87,6 +98,13 @@ def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -
             keep(0, "set", "own", build_network(name, data.shape, data.task.outputs).name, partial(judge.whole, name))
         return {**record, "status": "done"}
     for seed in row.seeds:
+        alone = (
+            replace(row, seeds=(seed,))
+            if seed == row.seeds[0]
+            else replace(row, seeds=(seed,), baselines=(), variants=())
+        )
+        if covered(record, alone):
+            continue  # its set need not be there any more
         set_ = made(bench, suite, row, record, seed, data)
         write_sealed(file, record)
         for name in row.networks:

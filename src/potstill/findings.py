@@ -88,8 +88,11 @@ def read(file: Path) -> list[Finding]:
         if row["kind"] not in KINDS:
             raise PotstillError(f"{at}: {unknown('kind', str(row['kind']), KINDS)}")
         sides = {k: tuple(row[k]) if isinstance(row[k], list) else (row[k],) for k in ("more", "than")}
-        if len({name.count(LESS) for side in sides.values() for name in side}) > 1:
-            raise PotstillError(f"{at}: `A less B` is compared with another difference only")
+        if not all(side and all(isinstance(name, str) for name in side) for side in sides.values()):
+            raise PotstillError(f"{at}: more and than are names of cells, one or a list of them")
+        counts = {name.count(LESS) for side in sides.values() for name in side}
+        if len(counts) > 1 or max(counts) > 1 or (counts != {0} and row["kind"] != "accuracy"):
+            raise PotstillError(f"{at}: `A less B`, of accuracies, is compared with another difference only")
         found.append(Finding(**{**row, **sides}))
     return found
 
@@ -105,9 +108,9 @@ def _each(rows: Sequence[Mapping[str, Any]], file: str) -> Iterator[tuple[int, d
             names |= {k.upper(): NAMES.get(v, v.upper()) for k, v in names.items()}
             try:
                 yield i, {k: _filled(v, names) for k, v in row.items() if k != "each"}
-            except (KeyError, IndexError, ValueError) as error:
+            except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
                 raise PotstillError(
-                    f"{file}: finding {i + 1}: {{{error.args[0]}}} is nothing that it is for each of"
+                    f"{file}: finding {i + 1}: {error.args[0]!r} in braces is nothing that it is for each of"
                 ) from error
 
 
@@ -144,8 +147,9 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
             numbers.append(f"not measured{where}: {', '.join(missing)}")
         elif finding.kind == "accuracy":
             p, higher = p_value(more, than), fmean(more) > fmean(than)
+            unit = " points" if LESS in name or name.endswith("@gain") else " %"
             verdicts.append(OPEN if p >= LEVEL else CONFIRMED if higher else REFUTED)
-            numbers.append(f"{name}: {100 * fmean(more):.1f} %, {other}: {100 * fmean(than):.1f} %, p = {p:.2g}, n = {len(more)} and {len(than)}")  # fmt: skip
+            numbers.append(f"{name}: {100 * fmean(more):.1f}{unit}, {other}: {100 * fmean(than):.1f}{unit}, p = {p:.2g}, n = {len(more)} and {len(than)}")  # fmt: skip
         else:
             ratio = math.nan if more == than == [math.inf] else more[0] / (than[0] * finding.factor)
             verdicts.append(CONFIRMED if ratio > MARGIN else REFUTED if ratio < 1 / MARGIN else OPEN)
@@ -164,12 +168,16 @@ def _options(records: Iterable[Cell]) -> list[str]:
     """The options that all of some cells were measured with, but for which cells and where to."""
     found: list[dict[str, str]] = []
     for record in records:
-        words = iter(shlex.split(str(record.get("command") or ""))[3:])  # after `potstill benchmark NAME`
+        try:
+            words = iter(shlex.split(str(record.get("command") or ""))[3:])  # after `potstill benchmark NAME`
+        except ValueError:  # no command line
+            return []
         pairs = {word: "" if word == "--no-zoo" else next(words, "") for word in words}
         found.append({k: v for k, v in pairs.items() if k not in ("--only", "--out")})
-    if not found:
-        return []
-    return [shlex.join([k, v] if v else [k]) for k, v in found[0].items() if all(f.get(k) == v for f in found)]
+    shared = [(k, v) for k, v in (found[0] if found else {}).items() if all(f.get(k) == v for f in found)]
+    return [
+        f"{k} {v if '$' in v else shlex.quote(v)}" if v else k for k, v in shared
+    ]  # a shell is to read $POTSTILL_DATA
 
 
 def _at_one_width(names: Sequence[str], cells: Mapping[str, Cell]) -> list[str]:
