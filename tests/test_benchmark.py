@@ -228,6 +228,16 @@ def test_what_a_row_asks_for_more_is_added_to_what_its_cell_has(root, tmp_path, 
     assert found["row"]["networks"] == ["mlp-w8", "convnet-w4", "mlp-w4"]
     crossed = bench_of(tmp_path, PLACES + few.replace('"convnet-w4"', '"mlp-w8"') + 'baselines = ["random"]\n')
     assert [c.fate for c in crossed.plan()] == ["to do"], "the baseline was measured on the other networks only"
+    turned = bench_of(tmp_path, PLACES + many.replace("[0, 1]", "[1, 0]"))
+    assert turned.plan()[0].mark != again.plan()[0].mark, "baselines stand beside the first seed's set"
+
+
+def test_a_table_of_performance_has_the_network_of_its_last_run(root, tmp_path, short):
+    """Its cells are told apart by nothing else: another network's numbers are not added but take the place."""
+    for network in ("convnet-w4", "mlp-w4"):
+        work = bench_of(tmp_path, HEAD + RANDOM.replace("convnet-w4", network))
+        assert work.run(work.plan()) == {"done": 1}
+        assert [r["network"] for r in records(tmp_path)["performance/toy/random/2"]["results"]] == [network]
 
 
 def test_what_cannot_be_added_leaves_what_was_there(root, tmp_path, short, monkeypatch):
@@ -273,6 +283,7 @@ def test_a_set_of_which_nothing_is_missing_is_not_made_again(root, tmp_path, sho
     assert more.run(more.plan()) == {"done": 1}
     new = records(tmp_path)["performance/toy/dm/1"]
     assert new["results"][: len(old["results"])] == old["results"] and [s["seed"] for s in new["sets"]] == [0, 1]
+    assert [p.name[:5] for p in (tmp_path / "out" / "runs").rglob("seed*")] == ["seed1"]
 
 
 def test_another_length_is_another_set_and_the_old_one_is_found_again(root, tmp_path, short, monkeypatch):
