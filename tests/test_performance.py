@@ -182,11 +182,11 @@ def test_a_recording_by_one_process_and_by_two_from_end_to_end(tmp_path):
 def test_runs_in_both_precisions_from_end_to_end_and_not_twice(tables, tmp_path):
     """Twins are compared seed by seed: 0.5, 0.6 and 0.7 beside 0.5, 0.7 and 0.6 differ by 0 ± 10 points."""
     file = tmp_path / "precision_runs.json"
-    command = [sys.executable, str(BENCHMARKS / "precision_runs.py"), "--data", "digits", "--methods", "dm,evaluation", "--network", "convnet-w4", "--seeds", "2", "--scale", "toy", "--json", str(file)]  # fmt: skip
+    command = [sys.executable, str(BENCHMARKS / "precision_runs.py"), "--data", "digits", "--methods", "dm,mtt,evaluation", "--network", "convnet-w4", "--seeds", "2", "--scale", "toy", "--json", str(file)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cells = json.loads(file.read_text())["cells"]
-    assert {name: [len(a) for a in c["accuracies"].values()] for name, c in cells.items()} == {"digits/dm/convnet-w4": [2, 2], "digits/evaluation/convnet-w4": [2, 2]}  # fmt: skip
+    assert {name: [len(a) for a in c["accuracies"].values()] for name, c in cells.items()} == {f"digits/{m}/convnet-w4": [2, 2] for m in ("dm", "mtt", "evaluation")}  # fmt: skip
     exact, rough = cells["digits/evaluation/convnet-w4"]["accuracies"].values()
     assert exact != rough, "one set, judged in two precisions"
     before = file.read_bytes()
@@ -198,4 +198,4 @@ def test_runs_in_both_precisions_from_end_to_end_and_not_twice(tables, tmp_path)
     assert refused.returncode == 2 and "'dmm' is none of dc, dd" in refused.stderr.splitlines()[-1]
     twins = {"method": "dm", "data": "d", "network": "n", "steps": 3, "accuracies": {"fp32": [0.5, 0.6, 0.7], "bf16": [0.5, 0.7, 0.6]}}  # fmt: skip
     (line,) = tables.precision_runs_table({"cells": {"x": twins}})[2:]
-    assert cells_of(line)[4:] == ["60.0 ± 10.0", "60.0 ± 10.0", "+0.0 ± 10.0", "1.00", "3"]
+    assert cells_of(line)[4:] == ["60.0 ± 8.2", "60.0 ± 8.2", "+0.0 ± 8.2", "1.00", "3"]

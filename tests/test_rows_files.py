@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from potstill import findings
 from potstill.findings import ANY_WIDTH, WIDTH
 from potstill.loaders import LOADERS
 from potstill.methods import METHODS
@@ -22,7 +22,8 @@ from potstill.training import PROTOCOLS
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FILES = sorted((BENCHMARKS / "rows").glob("*.toml"))
 SUITES = {file.stem: tomllib.loads(file.read_text()) for file in FILES}
-FINDINGS: list[dict[str, Any]] = tomllib.loads((BENCHMARKS / "findings.toml").read_text())["finding"]
+WRITTEN: list[dict[str, Any]] = tomllib.loads((BENCHMARKS / "findings.toml").read_text())["finding"]
+FINDINGS = findings.read(BENCHMARKS / "findings.toml")
 each_suite = pytest.mark.parametrize("suite", SUITES)
 
 SHAPES = {
@@ -46,8 +47,8 @@ COST = {
 }  # fmt: skip
 PUBLISHED = {"accuracy": float, "spread": float, "source": str, "mark": str}
 FINDING = {
-    "name": str, "claim": str, "source": str, "table": str, "kind": str, "more": (str, list), "than": str,
-    "factor": float, "command": str,
+    "name": str, "claim": str, "source": str, "table": str, "kind": str, "more": (str, list),
+    "than": (str, list), "factor": float, "each": dict, "note": str, "command": str,
 }  # fmt: skip
 
 
@@ -191,33 +192,35 @@ def test_what_nobody_printed_is_left_out(name: str) -> None:
     assert "published" not in row
 
 
-def sides(finding: dict[str, Any]) -> Iterator[str]:
-    yield from [finding["more"]] if isinstance(finding["more"], str) else finding["more"]
-    yield finding["than"]
-
-
 def test_findings_have_names_of_their_own() -> None:
-    names = [finding["name"] for finding in FINDINGS]
-    assert sorted(names) == sorted(set(names))
+    names = [finding.name for finding in FINDINGS]
+    assert sorted(names) == sorted(set(names)) and len(names) > len(WRITTEN)
 
 
-@pytest.mark.parametrize("finding", FINDINGS, ids=[f["name"] for f in FINDINGS])
-def test_a_finding_is_about_cells_that_its_command_measures(finding: dict[str, Any]) -> None:
+@pytest.mark.parametrize("finding", WRITTEN, ids=[f["name"] for f in WRITTEN])
+def test_a_finding_has_the_fields_of_the_schema(finding: dict[str, Any]) -> None:
     fits(finding, FINDING, "name claim source table kind more than command")
-    table = finding["table"]
+    for key in finding.get("each", {}):
+        assert f"{{{key}}}" in finding["name"], "each choice has a name of its own"
+        assert f"{{{key}}}" in finding["claim"] or f"{{{key.upper()}}}" in finding["claim"], "and a claim"
+
+
+@pytest.mark.parametrize("finding", FINDINGS, ids=[f.name for f in FINDINGS])
+def test_a_finding_is_about_cells_that_its_command_measures(finding: findings.Finding) -> None:
+    table = finding.table
     assert (
-        finding["kind"]
-        in {"performance": ("accuracy",), "transfer": ("accuracy",), "cost": ("seconds", "bytes")}[table]
+        finding.kind in {"performance": ("accuracy",), "transfer": ("accuracy",), "cost": ("seconds", "bytes")}[table]
     )
-    assert finding["factor"] > 0 and table == "cost" if "factor" in finding else True
-    assert finding["claim"].endswith(".") and finding["source"].startswith("review, ")
-    parts = re.fullmatch(r"potstill benchmark ([a-z-]+) --only '([^']+)'", finding["command"])
+    assert finding.factor > 0 and (table == "cost" or finding.factor == 1)
+    assert finding.claim.endswith(".") and finding.source.startswith("review, ") and "{" not in finding.claim
+    parts = re.fullmatch(r"potstill benchmark ([a-z-]+) --only '([^']+)'", finding.command)
     assert parts is not None
     suite, only = parts.groups()
     suites = [plain for stem, plain in SUITES.items() if stem == suite or stem.startswith(f"{suite}-")]
     cells = {cell(table, row): row for plain in suites if plain["table"] == table for row in plain["row"]}
-    assert len(set(sides(finding))) == len(list(sides(finding)))
-    for side in sides(finding):
+    sides = (*finding.more, *finding.than)
+    assert len(set(sides)) == len(sides)
+    for side in (part for name in sides for part in name.split(findings.LESS)):
         name, _, last = side.partition("@")
         name = name.removeprefix("transfer/") if table == "transfer" else name
         assert side.startswith({"performance": "", "transfer": "transfer/", "cost": "cost/"}[table])
@@ -228,6 +231,7 @@ def test_a_finding_is_about_cells_that_its_command_measures(finding: dict[str, A
             there = cells[name]["networks"]
             assert last in there or last in {WIDTH.sub("", n) + ANY_WIDTH for n in there}
         elif table == "cost":
-            assert last in {"seconds": ("step_seconds", "loss_seconds"), "bytes": ("peak_bytes",)}[finding["kind"]]
+            assert last in {"seconds": ("step_seconds", "loss_seconds"), "bytes": ("peak_bytes",)}[finding.kind]
         else:
             assert last in ("", "gain")
+            assert last == "" or "random" in cells[name].get("baselines", ()), "a gain needs random samples beside it"

@@ -289,7 +289,7 @@ class Benchmark:
             "data": placeless(self.bench.exchange.get(row.data, row.data)),
             "ipc": row.ipc,
             "row": {k: v for k, v in asdict(row).items() if v not in ("", (), {}, None)},
-            "command": self._command(cell, cell.suite.networks),
+            "command": self._command(cell),
             "seconds": 0.0,
             "software": software(self.bench.device),
         }
@@ -303,12 +303,13 @@ class Benchmark:
                 k: list(dict.fromkeys((*getattr(row, k), *(v for met in record["met"] for v in met[k])))) for k in ADDED
             }
             more = set(both["networks"]) != set(row.networks)
-            record["command"] = self._command(cell, both["networks"] if more else cell.suite.networks)
+            record["command"] = self._command(cell, both["networks"] if more else None)
             record |= {"status": DONE, "row": record["row"] | {k: v for k, v in both.items() if v}}
         return record
 
-    def _command(self, cell: Cell, networks: Sequence[str]) -> str:
-        """The command that runs the cell alone."""
+    def _command(self, cell: Cell, networks: Sequence[str] | None = None) -> str:
+        """The command that runs the cell alone, with other networks than the suite was asked for where they are given."""
+        networks = cell.suite.networks if networks is None else networks
         name, b = cell.row.data, self.bench
         parts = ["potstill", "benchmark", cell.suite.called, "--only", self.name(cell.suite, cell.row)]
         parts += ["--data", f"{name}={b.exchange[name]}"] if name in b.exchange else []
