@@ -175,9 +175,8 @@ def _options(records: Iterable[Cell]) -> list[str]:
         pairs = {word: "" if word == "--no-zoo" else next(words, "") for word in words}
         found.append({k: v for k, v in pairs.items() if k not in ("--only", "--out")})
     shared = [(k, v) for k, v in (found[0] if found else {}).items() if all(f.get(k) == v for f in found)]
-    return [
-        f"{k} {v if '$' in v else shlex.quote(v)}" if v else k for k, v in shared
-    ]  # a shell is to read $POTSTILL_DATA
+    quoted = ((k, v if "$" in v else shlex.quote(v)) for k, v in shared)  # a shell is to read $POTSTILL_DATA
+    return [f"{k} {v}" if found[0][k] else k for k, v in quoted]
 
 
 def _at_one_width(names: Sequence[str], cells: Mapping[str, Cell]) -> list[str]:

@@ -85,11 +85,7 @@ def performance_table(group: Group, key: str) -> Table:
 def _augmented(protocol: str) -> str:
     """What rows of one protocol do not share."""
     own = protocol in PROTOCOLS and PROTOCOLS[protocol].own
-    return (
-        " Each set is augmented as it was made, those of DSA, DM and MTT with DSA's operations, others not at all."
-        if own
-        else ""
-    )
+    return " Each set is augmented as it was made." if own else ""
 
 
 def transfer_table(group: Group, key: str) -> Table:
