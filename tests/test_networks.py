@@ -4,15 +4,18 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill.errors import PotstillError
 from potstill.functional import Key, cast
-from potstill.networks import NETWORKS, NORMS, Conv, Norm, State, blend, narrow, network
+from potstill.networks import NETWORKS, NORMS, Conv, Norm, State, narrow, network
 
-VALID = [("convnet", norm) for norm in NORMS] + [("mlp", norm) for norm in NORMS if norm != "instance"]
+VALID = [(kind, norm) for kind in ("convnet", "widenet") for norm in NORMS] + [
+    ("mlp", norm) for norm in NORMS if norm != "instance"
+]
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
@@ -51,18 +54,23 @@ def modules(name, state, norm, shape, width, depth):
         parts.append(module.double())
         names.append(name)
 
-    if name == "convnet":
+    if name in ("convnet", "widenet"):
         size = [math.ceil(s / 2**depth) * 2**depth for s in shape[1:]]
         high, wide = (big - s for big, s in zip(size, shape[1:], strict=True))
         add(nn.ZeroPad2d((wide // 2, wide - wide // 2, high // 2, high - high // 2)))
+        before = shape[0]
         for i in range(depth):
-            add(nn.Conv2d(shape[0] if i == 0 else width, width, 3, padding=1), f"conv{i}")
-            if norm != "none":
-                add(module_norm(norm, width, True), f"norm{i}")
+            wide = width * 2**i if name == "widenet" else width
+            if norm != "none" and name == "widenet" and i > 0:
+                add(module_norm(norm, before, True), f"norm{i}")
+            add(nn.Conv2d(before, wide, 3, padding=1), f"conv{i}")
+            if norm != "none" and name == "convnet":
+                add(module_norm(norm, wide, True), f"norm{i}")
             add(nn.ReLU())
             add(nn.AvgPool2d(2))
+            before = wide
         add(nn.Flatten())
-        add(nn.Linear(width * math.prod(size) // 4**depth, 10), "head")
+        add(nn.Linear(before * math.prod(size) // 4**depth, 10), "head")
     else:
         add(nn.Flatten())
         for i in range(depth - 1):
@@ -88,16 +96,19 @@ def test_equals_modules_of_torch(kind, norm, shape):
     torch.testing.assert_close(net(state, x), theirs.train()(x), **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["convnet", "mlp"])
-def test_batch_statistics_equal_torchs_running_ones(kind):
-    """Three batches blended as `nn.BatchNorm` does it, then a forward pass with what is stored."""
+@pytest.mark.parametrize(("kind", "share"), [("convnet", 0.1), ("mlp", 0.1), ("widenet", 0.9)])
+def test_batch_statistics_equal_torchs_running_ones(kind, share):
+    """Three batches stored as `nn.BatchNorm` does it, then a forward pass with what is stored."""
     net, state = made(f"{kind}-batch-w8")
     theirs, named = modules(kind, state, "batch", (1, 28, 28), 8, 3)
+    for k, module in named.items():
+        if k and k.startswith("norm"):
+            module.momentum = share
     for seed in range(3):
         x = 2 * noise(5, 1, 28, 28, seed=seed) + 1
         logits, seen = net.forward(state, x, "batch")
         torch.testing.assert_close(logits, theirs.train()(x), **CLOSE)
-        state = State(state.params, blend(state.buffers, seen))
+        state = State(state.params, seen)
     norms = [k for k in named if k and k.startswith("norm")]
     assert len(norms) == len(state.buffers) // 2 > 1
     for k in norms:
@@ -116,7 +127,7 @@ def test_without_batch_norm_samples_do_not_see_each_other(norm):
     torch.testing.assert_close(net(state, x)[1:3], net(state, x[1:3]), **CLOSE)
     torch.testing.assert_close(net(state, x), net(state, x, "stored"), **CLOSE)
     assert net.forward(state, x)[1] == {} and state.buffers == {}
-    assert blend(state.buffers, {}) == {} and not net.mixes_samples
+    assert not net.mixes_samples
 
 
 def test_with_batch_norm_they_do():
@@ -277,7 +288,17 @@ def test_statistics_are_differentiated():
 # --- fresh weights
 
 
-@pytest.mark.parametrize(("kind", "norm"), VALID)
+def test_fresh_weights_of_frepos_network_are_flaxs():
+    """A normal distribution cut at two deviations (scipy's), of variance 1/fan-in, and zero shifts."""
+    params = network("widenet", (3, 32, 32), 10).init(Key(0)).params
+    for name in ("conv0", "conv1", "conv2", "head"):
+        weight = params[f"{name}.weight"]
+        scale = 1 / math.sqrt(weight[0].numel()) / stats.truncnorm(-2, 2).std()
+        assert stats.kstest(weight.flatten().numpy(), stats.truncnorm(-2, 2, scale=scale).cdf).pvalue > 0.01
+        assert not params[f"{name}.bias"].any()
+
+
+@pytest.mark.parametrize(("kind", "norm"), [(kind, norm) for kind, norm in VALID if kind != "widenet"])
 def test_fresh_weights_are_pytorchs_own(kind, norm):
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases; norms start as the identity."""
     net = network(f"{kind}-{norm}-w64", (3, 32, 32), 10)

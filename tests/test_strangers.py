@@ -36,6 +36,7 @@ from potstill.foreign import read
 from potstill.pickles import checked
 from potstill.records import read_json, write_sealed
 from potstill.rows import suites
+from potstill.transforms import digest_of
 from potstill.zoo import cells, rows
 
 HOSTILE = [
@@ -641,6 +642,21 @@ def test_a_whitening_matrix_is_looked_for_beside_its_set_only(tmp_path, name):
         (tmp_path / outside).write_bytes(b"")
     with pytest.raises(PotstillError, match="which is no hash"):
         load(tmp_path / "in")
+
+
+@pytest.mark.parametrize("fingerprint", ["../out/aa", "*", "[0-9a-f]*", "aa/../../out/aa", ""])
+def test_a_whitening_matrix_of_the_cache_is_that_of_its_data_only(tmp_path, monkeypatch, fingerprint):
+    """Missing beside its set, a matrix is looked for by the fingerprint in a foreign header: that leads nowhere else."""
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    matrix = torch.eye(int(np.prod(set_of().shape)))
+    digest = digest_of(matrix)
+    for place in ("cache/zca/aa-9-0.1", "cache/out/aa-9-0.1", "out/aa-9-0.1"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / f"zca-{digest}.safetensors").write_bytes(save({"matrix": matrix}))
+    said = {"name": "zca", "mean": [0.5] * 3, "std": [0.25] * 3, "trailing": 2, "reg": 0.1, "matrix": digest}
+    for mark, found in ((fingerprint, False), ("aa", True)):
+        set_of(transform=said, fingerprint=mark).save(tmp_path / "set.safetensors")
+        assert load(tmp_path / "set.safetensors").blind != found
 
 
 def test_members_of_archives_are_never_written_anywhere(tmp_path):

@@ -11,7 +11,7 @@ import torch
 import potstill
 import potstill.cli
 import potstill.evaluation
-from potstill import Data, PotstillError, distill, load, load_data, transforms
+from potstill import Data, PotstillError, distill, evaluate, load, load_data, transforms
 from potstill.synthetic import share
 from potstill.transforms import ZCA, Nothing, build, describe, matrix_of
 
@@ -146,7 +146,45 @@ def test_a_set_finds_its_matrix_beside_it(white, tmp_path):
         assert torch.equal(load(tmp_path / path).transform(raw), data.prepare(raw))
 
 
-def test_a_matrix_that_is_missing_or_another_is_refused(white, tmp_path):
+def test_a_set_without_its_matrix_is_judged_and_finds_it_in_the_cache(white, tmp_path, monkeypatch):
+    """As those of the zoo: the training data give the matrix again, on another machine one of another hash."""
+    run, _ = white
+    data = load_data("digits", transform="zca")
+    theirs = load(run.out)
+    theirs.matrix = theirs.matrix * (
+        1 + 1e-7 * torch.randn(theirs.matrix.shape, generator=torch.Generator().manual_seed(0))
+    )
+    theirs.meta.transform["matrix"] = transforms.digest_of(theirs.matrix)
+    for folder in ("zoo", "whole"):
+        (tmp_path / folder).mkdir()
+    theirs.save(tmp_path / "zoo" / "set.safetensors")
+    (file,) = (tmp_path / "zoo").glob("zca-*")
+    file.unlink()
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    blind, raw = load(tmp_path / "zoo"), data.test.inputs[:4]
+    assert blind.matrix is None and torch.equal(blind.inputs, theirs.inputs)
+    for use in (
+        lambda: blind.transform(raw),
+        lambda: blind.images,
+        lambda: potstill.export_set(blind, "png", tmp_path / "x"),
+    ):
+        with pytest.raises(PotstillError, match=r"zca-.* is missing; .*load_data\('digits', transform='zca'\)"):
+            use()
+    (judged,) = evaluate(tmp_path / "zoo", repeats=1, networks=["mlp-w8"], protocol="dc", baselines=())
+    (again,) = evaluate(run.out, repeats=1, networks=["mlp-w8"], protocol="dc", baselines=())
+    assert judged.accuracies == again.accuracies
+    found = load(tmp_path / "zoo")
+    assert torch.equal(found.matrix, data.transform.matrix) and torch.equal(found.transform(raw), data.prepare(raw))
+    found.save(tmp_path / "whole" / "set.safetensors")
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "empty"))
+    assert torch.equal(load(tmp_path / "whole").images, found.images)
+    (kept,) = (tmp_path / "cache" / "zca").glob("*/zca-*")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    assert load(tmp_path / "zoo").matrix is None
+
+
+def test_a_matrix_that_is_damaged_or_another_is_refused(white, tmp_path):
     run, _ = white
     shutil.copytree(run.out, tmp_path / "copy")
     (file,) = (tmp_path / "copy").glob("zca-*")
@@ -156,9 +194,6 @@ def test_a_matrix_that_is_missing_or_another_is_refused(white, tmp_path):
         load(tmp_path / "copy")
     file.write_bytes(content[:50])
     with pytest.raises(PotstillError, match="is damaged"):
-        load(tmp_path / "copy")
-    file.unlink()
-    with pytest.raises(PotstillError, match=r"zca-.*is missing"):
         load(tmp_path / "copy")
     set_ = load(run.out)
     set_.matrix = set_.matrix + 1

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import PotstillError
-from .layers import FLATTEN, RELU, Apply, Chain, Conv, Layer, Linear, Norm, Residual, pool, spread
+from .layers import FLATTEN, RELU, Apply, Chain, Conv, Layer, Linear, Norm, Residual, Start, pool, spread
 
 WIDTHS = {
     "convnet": 128,
@@ -65,6 +65,8 @@ def widenet(
 ) -> Architecture:
     """The ConvNet with twice the width in each further block, 128, 256 and 512 at depth 3; no norm.
 
+    A norm that is asked for stands before the convolution of each block but the first. Fresh weights are Flax's.
+
     Reference: as used by Zhou, Nezhadarya and Ba 2022 (FRePo).
     """
     return _blocks("widenet", "none", 2, shape, outputs, norm, width, depth)
@@ -92,18 +94,21 @@ def _blocks(
     if depth is not None and depth > most:
         raise PotstillError(f"{kind} depth {depth} is too deep for {sides[0]} x {sides[1]} pixels; at most {most}")
     depth = usual if depth is None else depth
+    start: Start = "uniform" if growth == 1 else "lecun"
     missing = [-side % 2**depth for side in sides]
     layers: list[tuple[str, Layer]] = []
     for i in range(depth):
         high, wide = missing if i == 0 else (0, 0)
         pad = (1 + wide // 2, 1 + wide - wide // 2, 1 + high // 2, 1 + high - high // 2)
         before, channels = channels, width * growth**i
-        layers.append((f"conv{i}", Conv(before, channels, pad=pad)))
-        if norm != "none":
+        if growth > 1 and i and norm != "none":
+            layers.append((f"norm{i}", Norm(norm, before, share=0.9)))
+        layers.append((f"conv{i}", Conv(before, channels, pad=pad, start=start)))
+        if growth == 1 and norm != "none":
             layers.append((f"norm{i}", Norm(norm, channels)))
         layers += [(f"relu{i}", RELU), (f"pool{i}", Apply(pool))]
     features = channels * math.prod((side + more) // 2**depth for side, more in zip(sides, missing, strict=True))
-    layers += [("flatten", FLATTEN), ("head", Linear(features, outputs))]
+    layers += [("flatten", FLATTEN), ("head", Linear(features, outputs, start))]
     name = canonical(kind, ("", norm, plain), ("w", width, WIDTHS[kind]), ("d", depth, usual))
     return Architecture(name, tuple(layers))
 

@@ -119,10 +119,21 @@ def facts(made: DistilledSet, more: Sequence[str] = ()) -> list[str]:
         f"| classes | {len(m.class_names)}: {', '.join(map(plain, m.class_names[:100]))} |", f"| samples per class | {ipc} |",
         f"| input | {' × '.join(map(str, made.shape))} |", f"| labels | {_labels(made)} |",
         f"| learned learning rate | {'none' if made.lr is None else made.lr.tolist()} |",
-        f"| mean, standard deviation | {space} |",
+        f"| mean, standard deviation | {space} |", *_whitening(made),
         f"| asks for | network {plain(m.student)}, protocol {plain(m.protocol)} |",
         f"| steps, seed | {plain(m.steps)}, {plain(m.seed)} |", *more, "", f"**Licence.** {licence_of(m.data)[1]}", "",
     ]  # fmt: skip
+
+
+def _whitening(made: DistilledSet) -> list[str]:
+    """Of a whitened set, what its matrix is and where it comes from."""
+    if made.meta.transform["name"] != "zca":
+        return []
+    size = made.inputs[0].numel()
+    cure = '`potstill evaluate` and `potstill.load_data(..., transform="zca")` make it the first time'
+    return [
+        f"| whitening | {size:,} × {size:,} float32, {4 * size * size:,} bytes, not in here: {cure}, from the training data |"
+    ]
 
 
 def accuracies(rows: Sequence[dict[str, Any]]) -> list[str]:

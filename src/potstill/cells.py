@@ -20,7 +20,7 @@ from .distilling import distill
 from .errors import PotstillError, Unwritable
 from .exchange import DistilledSet, load
 from .experts import record as record_experts
-from .judge import Judge, Result, protocol_of
+from .judge import Judge, Result, meeting, protocol_of
 from .networks import network as build_network
 from .objectives import ByGroup
 from .recipe import find
@@ -105,7 +105,8 @@ def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -
         )
         if covered(record, alone):
             continue  # its set need not be there any more
-        set_ = made(bench, suite, row, record, seed, data)
+        set_, source = meeting(made(bench, suite, row, record, seed, data), data)
+        judge = replace(judge, data=source)
         write_sealed(file, record)
         for name in row.networks:
             kind = set_.meta.labels

@@ -16,7 +16,7 @@ from .exchange import DistilledSet, load
 from .foreign import is_foreign
 from .foreign import read as read_foreign
 from .infinite import kernel
-from .judge import BASELINES, Judge, Result, Say, protocol_of
+from .judge import BASELINES, Judge, Result, Say, meeting, protocol_of
 from .loaders import load_named
 from .networks import network
 from .parallel import ALONE, Group
@@ -135,12 +135,11 @@ def evaluate(
             loaded.append((load(s), str(s)))
     work = []
     for set_, name in loaded:  # all mistakes before any training
-        source, kind = data_for(set_.meta.data), set_.meta.transform["name"]
+        source = data_for(set_.meta.data)
         check_fit(set_, source)
         if set(baselines) - {"whole"}:
             counts_per_group([max(n, 1) for n in set_.meta.ipc], source.counts)  # a foreign set may lack a class
-        if source.transform.name != kind:  # baselines see what the set sees
-            source = source.with_transform(kind)
+        set_, source = meeting(set_, source)
         if source.fingerprint != set_.meta.fingerprint:
             say(f"note: {name} was made from other data than {source.name} as it is here")
         names = list(networks) or [asked_by(set_, name)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .places import SET, locate
 from .recipe import Recipe, to_dict
 from .records import write_whole
 from .strict import check_plain, read_json
-from .transforms import Transform, build, describe, digest_of, read_beside, write_beside
+from .transforms import Transform, build, describe, digest_of, find_beside, find_cached, write_beside
 
 FORMAT = 1
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -81,7 +81,8 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         labels: (M,) int64 classes, or (M, C) probabilities or centred labels.
         lr: The learning rates (1,) or (steps,) that go with it, where the method trains on it.
         meta: What the set says of itself.
-        matrix: The whitening matrix (d, d), if the transform has one.
+        matrix: The whitening matrix (d, d), if the transform has one. It lies beside a set, or is found in the cache where the
+            training data have been whitened before; without it a set can still be trained on.
 
     Example:
         >>> set_ = load("fashion-mnist/dm/1")  # doctest: +SKIP
@@ -116,8 +117,28 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
 
     @cached_property
     def standardise(self) -> Transform:
-        """The transform that the inputs have been through, whichever it is."""
-        return build(self.meta.transform, self.matrix)
+        """The transform that the inputs have been through, whichever it is.
+
+        Raises:
+            PotstillError: It is a whitening whose matrix lies not beside the set; its training data give it again.
+        """
+        try:
+            return build(self.meta.transform, self.matrix)
+        except PotstillError as error:
+            if self.blind:
+                cure = f"potstill.load_data({self.meta.data[:80]!r}, transform='zca')"
+                raise PotstillError(f"{error}; the training data give it: {cure}, then load the set again") from error
+            raise
+
+    @property
+    def blind(self) -> bool:
+        """Whether it is whitened and the matrix is not there: it can be trained on, but prepares no inputs."""
+        return self.matrix is None and self.meta.transform.get("name") == "zca"
+
+    def whitened(self, matrix: Tensor) -> DistilledSet:
+        """The set with a matrix (d, d) that its training data gave again: the same up to rounding, with its own hash."""
+        meta = replace(self.meta, transform={**self.meta.transform, "matrix": digest_of(matrix)})
+        return DistilledSet(self.inputs, self.labels, meta, self.lr, matrix)
 
     def transform(self, raw: Any) -> Tensor:
         """Your own inputs as the set's are: raw (bytes, or what the source had) to transformed float32.
@@ -213,8 +234,10 @@ def load(path: str | Path) -> DistilledSet:
         if header.pop("format") != FORMAT:
             raise PotstillError(f"{file} has a format that this version of potstill does not know; a newer one does")
         meta, matrix = Meta(**header), tensors.get("matrix")
-        matrix = read_beside(file.parent, meta.transform) if matrix is None else matrix
+        matrix = find_beside(file.parent, meta.transform) if matrix is None else matrix
         made = DistilledSet(tensors["inputs"], tensors["labels"], meta, tensors.get("lr"), matrix)
+        if made.blind and (matrix := find_cached(meta.transform, meta.fingerprint)) is not None:
+            made = made.whitened(matrix)
         _check(made, file)
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, PotstillError):
@@ -262,7 +285,7 @@ def _check(made: DistilledSet, file: Path) -> None:
         raise PotstillError(f"{file} is damaged: its whitening matrix does not have the hash that it names")
     if made.matrix is not None and not (made.matrix.dtype == torch.float32 and made.matrix.isfinite().all()):
         raise PotstillError(f"{file} is damaged: its whitening matrix is no matrix of finite float32 numbers")
-    if not made.standardise.fits(made.shape):
+    if not made.blind and not made.standardise.fits(made.shape):
         raise PotstillError(f"{file} has a transform that does not fit inputs of shape {made.shape}")
 
 

@@ -91,9 +91,9 @@ def pictures(entry: Entry) -> Pictures | None:
 
     try:
         set_ = load(folder)
+        counts, images = set_.meta.ipc, set_.images.numpy()
     except PotstillError:
-        return None  # damaged: the numbers are still good
-    counts, images = set_.meta.ipc, set_.images.numpy()
+        return None  # damaged, or whitened and its matrix not there: the numbers are still good
     if set_.labels.ndim == 1:  # soft labels leave a sample in the class that it was started for
         images = images[np.argsort(set_.labels.numpy(), kind="stable")]
     there, starts = [g for g, count in enumerate(counts) if count], np.cumsum([0, *counts])

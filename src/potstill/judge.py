@@ -30,6 +30,7 @@ from .students import KERNEL, Ridge, Walker, fit_of, is_kernel, labels_for, own_
 from .synthetic import pick, pick_random
 from .teacher import School, seconds_of_labels, soften
 from .training import PROTOCOLS, Protocol, Trainer
+from .transforms import matrix_of
 
 Say = Callable[[str], None]
 
@@ -73,6 +74,18 @@ def fitting(augment: Augment, data_mirror: bool, shape: tuple[int, ...]) -> Augm
     if len(shape) != 3:
         return Augment()
     return augment if data_mirror else replace(augment, ops=tuple(op for op in augment.ops if op != "flip"))
+
+
+def meeting(set_: DistilledSet, data: Data) -> tuple[DistilledSet, Data]:
+    """A set, and the data prepared as it was, so that baselines see what it sees. To a whitened set whose matrix is not there
+    its training data give it again.
+    """
+    kind = set_.meta.transform["name"]
+    data = data if data.transform.name == kind else data.with_transform(kind)
+    matrix = matrix_of(data.transform)
+    if set_.blind and matrix is not None and data.fingerprint == set_.meta.fingerprint:
+        set_ = set_.whitened(matrix)
+    return set_, data
 
 
 def protocol_of(name: str) -> Protocol:

@@ -1,7 +1,7 @@
 """Layers as pure functions: frozen descriptions that make and use flat dicts of tensors.
 
-A layer's weights are passed in, nothing is updated in place, and what a layer met on the way (batch statistics) goes
-into the dict `seen`. A layer made of layers puts their names before the names of their tensors, with a dot.
+A layer's weights are passed in, nothing is updated in place, and what a layer would store (statistics of batch norm, moved
+towards those of the batch) goes into the dict `seen`. A layer made of layers puts their names before the names of their tensors, with a dot.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .functional import Key
 
 Stats = Literal["batch", "stored"]
 NORMS = ("none", "batch", "instance", "group", "layer")
+Start = Literal["uniform", "lecun"]
+CUT = 0.87962566103423978  # deviation of a standard normal distribution cut at two deviations
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -47,9 +49,19 @@ def _uniform(key: Key, fan_in: int, *shape: int) -> Tensor:
     return key.uniform(*shape, low=-bound, high=bound)
 
 
-def _drawn(key: Key, fan_in: int, shape: tuple[int, ...], bias: bool) -> State:
-    params = {"weight": _uniform(key.fold("weight"), fan_in, *shape)}
-    return State(params | ({"bias": _uniform(key.fold("bias"), fan_in, shape[0])} if bias else {}), {})
+def _lecun(key: Key, fan_in: int, *shape: int) -> Tensor:
+    """Flax's default: a normal distribution cut at two deviations, scaled to variance 1/fan_in."""
+    normal = nn.init.trunc_normal_(torch.empty(shape, dtype=torch.float32), a=-2, b=2, generator=key.generator())
+    return normal / (CUT * math.sqrt(fan_in))
+
+
+def _drawn(key: Key, fan_in: int, shape: tuple[int, ...], bias: bool, start: Start) -> State:
+    key_w, key_b = key.fold("weight"), key.fold("bias")
+    if start == "lecun":
+        weight, shift = _lecun(key_w, fan_in, *shape), torch.zeros(shape[0])
+    else:
+        weight, shift = _uniform(key_w, fan_in, *shape), _uniform(key_b, fan_in, shape[0])
+    return State({"weight": weight, "bias": shift} if bias else {"weight": weight}, {})
 
 
 def _alike(state: State, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -71,7 +83,7 @@ def _last(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Conv:
-    """A square convolution; `pad` is (left, right, top, bottom) in pixels."""
+    """A square convolution; `pad` is (left, right, top, bottom) in pixels, `start` the distribution of fresh weights."""
 
     inputs: int
     outputs: int
@@ -79,11 +91,12 @@ class Conv:
     pad: tuple[int, int, int, int] = (1, 1, 1, 1)
     stride: int = 1
     bias: bool = True
+    start: Start = "uniform"
     mixes_samples: ClassVar[bool] = False
 
     def init(self, key: Key) -> State:
         shape = (self.outputs, self.inputs, self.kernel, self.kernel)
-        return _drawn(key, self.inputs * self.kernel**2, shape, self.bias)
+        return _drawn(key, self.inputs * self.kernel**2, shape, self.bias, self.start)
 
     def __call__(self, state: State, x: Tensor, stats: Stats, seen: dict[str, Tensor]) -> Tensor:
         left, right, top, bottom = self.pad
@@ -106,10 +119,11 @@ class Linear:
 
     inputs: int
     outputs: int
+    start: Start = "uniform"
     mixes_samples: ClassVar[bool] = False
 
     def init(self, key: Key) -> State:
-        return _drawn(key, self.inputs, (self.outputs, self.inputs), True)
+        return _drawn(key, self.inputs, (self.outputs, self.inputs), True, self.start)
 
     def __call__(self, state: State, x: Tensor, stats: Stats, seen: dict[str, Tensor]) -> Tensor:
         return F.linear(x, *_alike(state, x))
@@ -123,11 +137,13 @@ class Norm:
         kind: "batch" (over samples and positions), "instance" (over positions of one channel), "group" (over
             positions of four groups of channels, or as many as divide them), "layer" (over channels and positions).
         channels: Size of axis 1.
+        share: Share of a batch in the stored statistics after it, of batch norm.
     """
 
     kind: str
     channels: int
     eps: float = 1e-5
+    share: float = 0.1
 
     @property
     def mixes_samples(self) -> bool:
@@ -150,8 +166,10 @@ class Norm:
                 axes = [0, *range(2, x.ndim)]
                 variance, mean = torch.var_mean(full, axes, correction=0, keepdim=True)
                 count = full.numel() / self.channels
-                seen["mean"] = mean.flatten()
-                seen["variance"] = variance.flatten() * (count / max(count - 1, 1))  # unbiased, as PyTorch stores it
+                unbiased = variance * (count / max(count - 1, 1))  # as PyTorch stores it
+                for name, met in (("mean", mean), ("variance", unbiased)):
+                    stored = state.buffers[name]
+                    seen[name] = stored + self.share * (met.flatten().to(stored.dtype) - stored)
             out = (full - mean) * torch.rsqrt(variance + self.eps)
         else:
             groups = {"instance": self.channels, "layer": 1, "group": math.gcd(4, self.channels)}[self.kind]

@@ -26,7 +26,7 @@ from .modules import Wrapped, seeded, split
 from .recompute import in_rows
 
 __all__ = [
-    "NETWORKS", "NORMS", "Apply", "Conv", "Layer", "Linear", "Network", "Norm", "State", "Stats", "blend", "narrow", "network", "wrap",
+    "NETWORKS", "NORMS", "Apply", "Conv", "Layer", "Linear", "Network", "Norm", "State", "Stats", "narrow", "network", "wrap",
 ]  # fmt: skip
 
 
@@ -65,7 +65,7 @@ class Network:
         return Chain(self.layers).mixes_samples
 
     def init(self, key: Key) -> State:
-        """Fresh weights (PyTorch's default initialisation) and statistics."""
+        """Fresh weights (PyTorch's default initialisation; of `widenet` Flax's) and statistics."""
         return Chain(self.layers).init(key)
 
     def at(self, precision: torch.dtype | None) -> Network:
@@ -93,7 +93,7 @@ class Network:
     def forward(
         self, state: State, x: Float[Tensor, n * shape], stats: Stats = "batch"
     ) -> tuple[Float[Tensor, "n outputs"], dict[str, Tensor]]:
-        """Logits, and the batch statistics that were met on the way (empty unless the norm is `batch`)."""
+        """Logits, and the statistics to store after this batch (empty unless the norm is `batch`)."""
         return self._run(self.layers, state, x, stats)
 
     def __call__(self, state: State, x: Float[Tensor, n * shape], stats: Stats = "batch") -> Float[Tensor, "n outputs"]:
@@ -109,11 +109,6 @@ class Network:
     def head(self, state: State, features: Float[Tensor, "n features"]) -> Float[Tensor, "n outputs"]:
         """Logits of features."""
         return self._run(self.layers[-1:], state, features, "batch")[0]
-
-
-def blend(buffers: dict[str, Tensor], seen: dict[str, Tensor], momentum: float = 0.1) -> dict[str, Tensor]:
-    """Stored statistics moved towards those of a batch, as PyTorch's batch norm does."""
-    return {k: (1 - momentum) * v + momentum * seen[k] for k, v in buffers.items()} if seen else buffers
 
 
 _NAME = re.compile(

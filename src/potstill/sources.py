@@ -15,7 +15,7 @@ from .augment import Augment
 from .data import Classification, Data
 from .errors import PotstillError, unknown
 from .functional import SGD, Adam, Key, Tree, detach, form_of, to
-from .networks import Network, State, blend
+from .networks import Network, State
 from .objectives.base import Net
 from .synthetic import Synthetic
 
@@ -89,7 +89,7 @@ class Source:
 
             grads, seen = torch.func.grad(loss, has_aux=True)(state.params)
             params, slow = self.optimiser.update(state.params, grads, slow)
-            return State(params, blend(state.buffers, seen)), slow
+            return State(params, {**state.buffers, **seen}), slow
 
         return step
 

@@ -295,7 +295,7 @@ def build(said: dict[str, Any], matrix: Tensor | None = None) -> Transform:
     if kind == "standardise":
         return plain
     if matrix is None:
-        raise PotstillError(f"the whitening matrix {file_of(said['matrix'])} of this set is missing")
+        raise PotstillError(f"the whitening matrix {file_of(said.get('matrix'))} of this set is missing")
     return ZCA(plain, matrix, said["reg"], said["matrix"])
 
 
@@ -316,13 +316,29 @@ def write_beside(folder: Path, transform: Transform) -> None:
         write_whole(folder / file_of(transform.digest), encode({"matrix": transform.matrix.contiguous()}))
 
 
-def read_beside(folder: Path, said: dict[str, Any]) -> Tensor | None:
-    """The matrix of a whitening, found beside a set and checked by its hash; nothing where the transform has none.
+def find_beside(folder: Path, said: dict[str, Any]) -> Tensor | None:
+    """The matrix of a whitening that lies beside a set, checked by its hash; nothing where none does, or none is needed.
 
     Raises:
-        PotstillError: It is missing, damaged, or another one.
+        PotstillError: It is damaged, or another one.
     """
-    return read_matrix(folder / file_of(said.get("matrix")), said["matrix"]) if said.get("name") == "zca" else None
+    file = folder / file_of(said.get("matrix")) if said.get("name") == "zca" else None
+    return read_matrix(file, said["matrix"]) if file is not None and file.is_file() else None
+
+
+def find_cached(said: dict[str, Any], fingerprint: str) -> Tensor | None:
+    """The matrix of a whitening that was made before from the training data with this fingerprint.
+
+    Another machine's is the same up to rounding, so its hash is not asked for.
+    """
+    if not re.fullmatch("[0-9a-f]+", fingerprint):
+        return None  # no name from a foreign file leads out of the cache
+    for file in sorted(cache("zca").glob(f"{fingerprint}-*-{said['reg']:g}/zca-*.safetensors")):
+        try:
+            return read_matrix(file, file.stem.removeprefix("zca-"))
+        except PotstillError:
+            continue  # damaged: made again when the data are next whitened
+    return None
 
 
 def read_matrix(file: Path, digest: str) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import PotstillError, unknown
 from ..estimate import Unpredictable, peak_of
 from ..functional import SGD, Key, Tree, tree_map
-from ..networks import Network, State, blend
+from ..networks import Network, State
 from ..synthetic import Synthetic
 from ..unroll import adjoint, plain, pull_back, pulled, state_bytes, walk
 from .base import Needs, Net, Objective, Real, Sizes, Uniform, as_it_is
@@ -171,7 +171,7 @@ class Unroll(Objective):
             grads, seen = torch.func.grad(loss, has_aux=True)(params)
             rate = s.rates.gather(0, given["place"])[0]
             params, slow = optimiser.update(params, grads, slow, rate)
-            return params, blend(buffers, seen), slow
+            return params, {**buffers, **seen}, slow
 
         return step
 
