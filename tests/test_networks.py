@@ -108,7 +108,7 @@ def test_batch_statistics_equal_torchs_running_ones(kind, share):
         x = 2 * noise(5, 1, 28, 28, seed=seed) + 1
         logits, seen = net.forward(state, x, "batch")
         torch.testing.assert_close(logits, theirs.train()(x), **CLOSE)
-        state = State(state.params, seen)
+        state = State(state.params, net.stored(state.buffers, seen))
     norms = [k for k in named if k and k.startswith("norm")]
     assert len(norms) == len(state.buffers) // 2 > 1
     for k in norms:
@@ -286,6 +286,12 @@ def test_statistics_are_differentiated():
 
 
 # --- fresh weights
+
+
+def test_a_norm_before_each_convolution_but_the_first_is_none_at_depth_one():
+    made = network("widenet-batch-w8", (1, 4, 4), 3)
+    assert made.name == "widenet-w8" and not made.mixes_samples
+    assert made.notes == ("widenet: no batch norm at depth 1, as it stands before each convolution but the first",)
 
 
 def test_fresh_weights_of_frepos_network_are_flaxs():

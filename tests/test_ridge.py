@@ -10,6 +10,7 @@ from potstill.data import Classification
 from potstill.errors import PotstillError
 from potstill.functional import Key
 from potstill.infinite import kernel
+from potstill.layers import Chain
 from potstill.methods import METHODS
 from potstill.networks import State, network
 from potstill.objectives import KernelRidge, Net, Real
@@ -174,6 +175,27 @@ def test_the_real_side_has_no_gradient_and_stored_statistics():
     assert torch.allclose(rows[:1], alone, atol=1e-5)
     moved = net._replace(state=State(params, {k: v - 0.2 for k, v in statistics.items()}))
     assert not torch.allclose(run.target(moved, real, draws)["rows"], rows, atol=1e-3)
+
+
+@pytest.mark.parametrize(("preset", "width"), [("paper", ""), ("small", "-w32")])
+def test_frepo_distils_with_batch_norm_and_is_judged_without(preset, width):
+    """Fresh networks have the statistics of none, used ones those of S: nine tenths of their last batch."""
+    recipe = METHODS["frepo"](preset)
+    assert (recipe.network, recipe.student) == (f"widenet-batch{width}", f"widenet{width}")
+    run = still_for(change(recipe, {"network": "widenet-batch-w4", "source.size": 1}), toy())
+    now = run.fresh()
+    _, net, _, _ = run.inputs_of(now, 0)
+    fresh = net.state.buffers
+    assert all(bool((v == float(k.endswith("variance"))).all()) for k, v in fresh.items()) and len(fresh) > 1
+    now, _ = run.step(now, 0)
+    _, used, _, _ = run.inputs_of(now, 1)
+    s = run.synthetic(now.learned)
+    x, _ = s.take(torch.arange(len(s)))
+    met = net.network.layers[:4]
+    name = next(k for k, _ in met if k.startswith("norm"))
+    before = Chain(met[: [k for k, _ in met].index(name)])(net.state, x, "batch", {})
+    mean = before.mean((0, 2, 3))
+    assert torch.allclose(used.state.buffers[f"{name}.mean"], 0.9 * mean, atol=1e-5) and mean.abs().min() > 1e-4
 
 
 def test_an_infinite_kernel_needs_no_network_and_features_do():

@@ -28,11 +28,14 @@ WIDTHS = {
 
 
 class Architecture(NamedTuple):
-    """A canonical name, named layers, the last one the linear head, and what had to be changed to fit the input."""
+    """A canonical name, named layers, the last one the linear head, what had to be changed to fit the input, and the share of
+    a batch in stored statistics.
+    """
 
     name: str
     layers: tuple[tuple[str, Layer], ...]
     notes: tuple[str, ...] = ()
+    share: float = 0.1
 
 
 Builder = Callable[[tuple[int, ...], int, str | None, int | None, int | None], Architecture]
@@ -65,11 +68,13 @@ def widenet(
 ) -> Architecture:
     """The ConvNet with twice the width in each further block, 128, 256 and 512 at depth 3; no norm.
 
-    A norm that is asked for stands before the convolution of each block but the first. Fresh weights are Flax's.
+    A norm that is asked for stands before each convolution but the first; nine tenths of a batch are stored of its statistics.
+    Fresh weights are Flax's.
 
     Reference: as used by Zhou, Nezhadarya and Ba 2022 (FRePo).
     """
-    return _blocks("widenet", "none", 2, shape, outputs, norm, width, depth)
+    made = _blocks("widenet", "none", 2, shape, outputs, norm, width, depth, start="lecun", norm_first=True)
+    return made._replace(share=0.9)
 
 
 def _blocks(
@@ -81,6 +86,8 @@ def _blocks(
     norm: str | None,
     width: int | None,
     depth: int | None,
+    start: Start = "uniform",
+    norm_first: bool = False,
 ) -> Architecture:
     if len(shape) != 3:
         raise PotstillError(f"network '{kind}' needs images (channels, height, width), not shape {shape}; try 'mlp'")
@@ -94,23 +101,26 @@ def _blocks(
     if depth is not None and depth > most:
         raise PotstillError(f"{kind} depth {depth} is too deep for {sides[0]} x {sides[1]} pixels; at most {most}")
     depth = usual if depth is None else depth
-    start: Start = "uniform" if growth == 1 else "lecun"
+    notes: tuple[str, ...] = ()
+    if norm_first and depth == 1 and norm != "none":
+        notes = (f"{kind}: no {norm} norm at depth 1, as it stands before each convolution but the first",)
+        norm = "none"
     missing = [-side % 2**depth for side in sides]
     layers: list[tuple[str, Layer]] = []
     for i in range(depth):
         high, wide = missing if i == 0 else (0, 0)
         pad = (1 + wide // 2, 1 + wide - wide // 2, 1 + high // 2, 1 + high - high // 2)
         before, channels = channels, width * growth**i
-        if growth > 1 and i and norm != "none":
-            layers.append((f"norm{i}", Norm(norm, before, share=0.9)))
+        if norm_first and i > 0 and norm != "none":
+            layers.append((f"norm{i}", Norm(norm, before)))
         layers.append((f"conv{i}", Conv(before, channels, pad=pad, start=start)))
-        if growth == 1 and norm != "none":
+        if not norm_first and norm != "none":
             layers.append((f"norm{i}", Norm(norm, channels)))
         layers += [(f"relu{i}", RELU), (f"pool{i}", Apply(pool))]
     features = channels * math.prod((side + more) // 2**depth for side, more in zip(sides, missing, strict=True))
     layers += [("flatten", FLATTEN), ("head", Linear(features, outputs, start))]
     name = canonical(kind, ("", norm, plain), ("w", width, WIDTHS[kind]), ("d", depth, usual))
-    return Architecture(name, tuple(layers))
+    return Architecture(name, tuple(layers), notes)
 
 
 def mlp(shape: tuple[int, ...], outputs: int, norm: str | None, width: int | None, depth: int | None) -> Architecture:

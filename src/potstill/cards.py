@@ -130,9 +130,11 @@ def _whitening(made: DistilledSet) -> list[str]:
     if made.meta.transform["name"] != "zca":
         return []
     size = made.inputs[0].numel()
-    cure = '`potstill evaluate` and `potstill.load_data(..., transform="zca")` make it the first time'
+    cure = (
+        'where it is not with the set, `potstill evaluate` and `potstill.load_data(..., transform="zca")` make it again'
+    )
     return [
-        f"| whitening | {size:,} × {size:,} float32, {4 * size * size:,} bytes, not in here: {cure}, from the training data |"
+        f"| whitening | {size:,} × {size:,} float32, {4 * size * size:,} bytes, made from the training data: {cure} |"
     ]
 
 

@@ -23,7 +23,7 @@ from .places import SET, locate
 from .recipe import Recipe, to_dict
 from .records import write_whole
 from .strict import check_plain, read_json
-from .transforms import Transform, build, describe, digest_of, find_beside, find_cached, write_beside
+from .transforms import Transform, build, describe, digest_of, find_beside, find_cached, plain_part, write_beside
 
 FORMAT = 1
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -120,14 +120,16 @@ class DistilledSet(Dataset[tuple[Tensor, Tensor]]):
         """The transform that the inputs have been through, whichever it is.
 
         Raises:
-            PotstillError: It is a whitening whose matrix lies not beside the set; its training data give it again.
+            PotstillError: It is a whitening whose matrix is neither beside the set nor in the cache.
         """
         try:
             return build(self.meta.transform, self.matrix)
         except PotstillError as error:
             if self.blind:
                 cure = f"potstill.load_data({self.meta.data[:80]!r}, transform='zca')"
-                raise PotstillError(f"{error}; the training data give it: {cure}, then load the set again") from error
+                raise PotstillError(
+                    f"{error}; its training data give it: {cure}, then load the set again, or `potstill evaluate`"
+                ) from error
             raise
 
     @property
@@ -236,9 +238,9 @@ def load(path: str | Path) -> DistilledSet:
         meta, matrix = Meta(**header), tensors.get("matrix")
         matrix = find_beside(file.parent, meta.transform) if matrix is None else matrix
         made = DistilledSet(tensors["inputs"], tensors["labels"], meta, tensors.get("lr"), matrix)
-        if made.blind and (matrix := find_cached(meta.transform, meta.fingerprint)) is not None:
-            made = made.whitened(matrix)
         _check(made, file)
+        if made.blind and (matrix := find_cached(meta.transform, meta.fingerprint, made.shape)) is not None:
+            made = made.whitened(matrix)
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, PotstillError):
             raise
@@ -285,7 +287,8 @@ def _check(made: DistilledSet, file: Path) -> None:
         raise PotstillError(f"{file} is damaged: its whitening matrix does not have the hash that it names")
     if made.matrix is not None and not (made.matrix.dtype == torch.float32 and made.matrix.isfinite().all()):
         raise PotstillError(f"{file} is damaged: its whitening matrix is no matrix of finite float32 numbers")
-    if not made.blind and not made.standardise.fits(made.shape):
+    seen = plain_part(meta.transform) if made.blind else made.standardise
+    if not seen.fits(made.shape):
         raise PotstillError(f"{file} has a transform that does not fit inputs of shape {made.shape}")
 
 

@@ -82,7 +82,7 @@ def cards(entries: Sequence[Entry], total: int = BYTES) -> list[Card]:
 
 
 def pictures(entry: Entry) -> Pictures | None:
-    """The first set of an entry, if it is there; no path leads out of the results folder."""
+    """The first set of an entry, if it is there and can be shown; no path leads out of the results folder."""
     sets = entry.record.get("sets") or []
     folder = _place(entry, str(sets[0].get("path") or "")) if sets else None
     if folder is None or not (folder / "set.safetensors").is_file():

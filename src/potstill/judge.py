@@ -19,7 +19,7 @@ from .compiling import (
     choose_precision,
 )
 from .data import Data
-from .errors import unknown
+from .errors import PotstillError, unknown
 from .exchange import DistilledSet
 from .functional import Key, finite
 from .measure import peak_bytes, reset_peak
@@ -30,7 +30,7 @@ from .students import KERNEL, Ridge, Walker, fit_of, is_kernel, labels_for, own_
 from .synthetic import pick, pick_random
 from .teacher import School, seconds_of_labels, soften
 from .training import PROTOCOLS, Protocol, Trainer
-from .transforms import matrix_of
+from .transforms import describe, matrix_of
 
 Say = Callable[[str], None]
 
@@ -79,11 +79,20 @@ def fitting(augment: Augment, data_mirror: bool, shape: tuple[int, ...]) -> Augm
 def meeting(set_: DistilledSet, data: Data) -> tuple[DistilledSet, Data]:
     """A set, and the data prepared as it was, so that baselines see what it sees. To a whitened set whose matrix is not there
     its training data give it again.
+
+    Raises:
+        PotstillError: These are not the data whose whitening the set lacks.
     """
-    kind = set_.meta.transform["name"]
-    data = data if data.transform.name == kind else data.with_transform(kind)
-    matrix = matrix_of(data.transform)
-    if set_.blind and matrix is not None and data.fingerprint == set_.meta.fingerprint:
+    said = set_.meta.transform
+    data = data if data.transform.name == said["name"] else data.with_transform(said["name"])
+    if set_.blind:
+        here, matrix = describe(data.transform), matrix_of(data.transform)
+        same = all(here[k] == said[k] for k in ("mean", "std", "trailing", "reg"))
+        if matrix is None or not same or data.fingerprint != set_.meta.fingerprint:
+            raise PotstillError(
+                f"the set is whitened and its matrix is not beside it; {data.name} as it is here is not the data that it was "
+                f"made from, which would give it again (fingerprint {data.fingerprint}, not {set_.meta.fingerprint[:40]})"
+            )
         set_ = set_.whitened(matrix)
     return set_, data
 

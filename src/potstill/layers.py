@@ -1,7 +1,7 @@
 """Layers as pure functions: frozen descriptions that make and use flat dicts of tensors.
 
-A layer's weights are passed in, nothing is updated in place, and what a layer would store (statistics of batch norm, moved
-towards those of the batch) goes into the dict `seen`. A layer made of layers puts their names before the names of their tensors, with a dot.
+A layer's weights are passed in, nothing is updated in place, and what a layer met on the way (batch statistics) goes
+into the dict `seen`. A layer made of layers puts their names before the names of their tensors, with a dot.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .functional import Key
 
 Stats = Literal["batch", "stored"]
 NORMS = ("none", "batch", "instance", "group", "layer")
 Start = Literal["uniform", "lecun"]
-CUT = 0.87962566103423978  # deviation of a standard normal distribution cut at two deviations
+CUT = 2.0  # deviations at which Flax cuts a normal distribution,
+LEFT = 0.87962566103423978  # and what is left of its deviation
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -50,9 +51,12 @@ def _uniform(key: Key, fan_in: int, *shape: int) -> Tensor:
 
 
 def _lecun(key: Key, fan_in: int, *shape: int) -> Tensor:
-    """Flax's default: a normal distribution cut at two deviations, scaled to variance 1/fan_in."""
-    normal = nn.init.trunc_normal_(torch.empty(shape, dtype=torch.float32), a=-2, b=2, generator=key.generator())
-    return normal / (CUT * math.sqrt(fan_in))
+    """Flax's default: a normal distribution cut at two deviations, scaled to variance 1/fan_in; by its inverse function, so
+    that it is drawn of any shape in one way.
+    """
+    most = math.erf(CUT / math.sqrt(2))
+    normal = math.sqrt(2) * torch.erfinv(key.uniform(*shape, low=-most, high=most))
+    return normal.clamp(-CUT, CUT) / (LEFT * math.sqrt(fan_in))
 
 
 def _drawn(key: Key, fan_in: int, shape: tuple[int, ...], bias: bool, start: Start) -> State:
@@ -137,13 +141,11 @@ class Norm:
         kind: "batch" (over samples and positions), "instance" (over positions of one channel), "group" (over
             positions of four groups of channels, or as many as divide them), "layer" (over channels and positions).
         channels: Size of axis 1.
-        share: Share of a batch in the stored statistics after it, of batch norm.
     """
 
     kind: str
     channels: int
     eps: float = 1e-5
-    share: float = 0.1
 
     @property
     def mixes_samples(self) -> bool:
@@ -166,10 +168,8 @@ class Norm:
                 axes = [0, *range(2, x.ndim)]
                 variance, mean = torch.var_mean(full, axes, correction=0, keepdim=True)
                 count = full.numel() / self.channels
-                unbiased = variance * (count / max(count - 1, 1))  # as PyTorch stores it
-                for name, met in (("mean", mean), ("variance", unbiased)):
-                    stored = state.buffers[name]
-                    seen[name] = stored + self.share * (met.flatten().to(stored.dtype) - stored)
+                seen["mean"] = mean.flatten()
+                seen["variance"] = variance.flatten() * (count / max(count - 1, 1))  # unbiased, as PyTorch stores it
             out = (full - mean) * torch.rsqrt(variance + self.eps)
         else:
             groups = {"instance": self.channels, "layer": 1, "group": math.gcd(4, self.channels)}[self.kind]

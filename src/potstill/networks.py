@@ -41,6 +41,7 @@ class Network:
         outputs: Number of logits.
         precision: Precision of the arithmetic; weights, statistics and outputs stay as they are given.
         notes: What had to be changed to fit the input, for the user to read.
+        share: Share of a batch in the statistics that are stored after it.
         rows: Samples in one pass where a batch has more and its samples do not mix, to save memory: the same numbers, each
             pass computed once more for its gradient. 0 for all at once.
 
@@ -57,6 +58,7 @@ class Network:
     outputs: int
     precision: torch.dtype | None = None
     notes: tuple[str, ...] = ()
+    share: float = 0.1
     rows: int = 0
 
     @property
@@ -93,8 +95,12 @@ class Network:
     def forward(
         self, state: State, x: Float[Tensor, n * shape], stats: Stats = "batch"
     ) -> tuple[Float[Tensor, "n outputs"], dict[str, Tensor]]:
-        """Logits, and the statistics to store after this batch (empty unless the norm is `batch`)."""
+        """Logits, and the batch statistics that were met on the way (empty unless the norm is `batch`)."""
         return self._run(self.layers, state, x, stats)
+
+    def stored(self, buffers: dict[str, Tensor], seen: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Stored statistics moved towards those of a batch, as a batch norm does when it is trained."""
+        return {k: (1 - self.share) * v + self.share * seen[k] for k, v in buffers.items()} if seen else buffers
 
     def __call__(self, state: State, x: Float[Tensor, n * shape], stats: Stats = "batch") -> Float[Tensor, "n outputs"]:
         """Logits (N, outputs) of inputs (N, *shape)."""
@@ -153,7 +159,7 @@ def network(name: str, shape: tuple[int, ...], outputs: int) -> Network:
     if width == 0 or depth == 0:
         raise PotstillError(f"network '{name}': width and depth start at 1")
     made = NETWORKS[kind](shape, outputs, match["norm"], width, depth)
-    return Network(made.name, made.layers, tuple(shape), outputs, notes=made.notes)
+    return Network(made.name, made.layers, tuple(shape), outputs, notes=made.notes, share=made.share)
 
 
 def _from_outside(name: str, shape: tuple[int, ...], outputs: int) -> Network:

@@ -89,7 +89,7 @@ class Source:
 
             grads, seen = torch.func.grad(loss, has_aux=True)(state.params)
             params, slow = self.optimiser.update(state.params, grads, slow)
-            return State(params, {**state.buffers, **seen}), slow
+            return State(params, network.stored(state.buffers, seen)), slow
 
         return step
 

@@ -204,7 +204,7 @@ class Trainer:
 
         grads, (value, seen) = torch.func.grad(loss, has_aux=True)(state.params)
         params, slow = self.optimiser.update(state.params, grads, slow, rate)
-        return State(params, {**state.buffers, **seen}), slow, value
+        return State(params, self.net.stored(state.buffers, seen)), slow, value
 
     def _update(self, states: Tree, slow: Tree, x: Tensor, y: Tensor, draws: Tree, rate: Tensor) -> Tree:
         """One step of the networks side by side; every leaf has a leading axis for them."""

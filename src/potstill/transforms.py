@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -287,16 +288,27 @@ def build(said: dict[str, Any], matrix: Tensor | None = None) -> Transform:
     check_transform(kind)
     if kind == "none":
         return Nothing()
-    columns = [torch.as_tensor(said[k], dtype=torch.float32) for k in ("mean", "std")]
-    sound = all(c.ndim == 1 and c.isfinite().all() for c in columns) and type(said["trailing"]) is int
-    if not sound or not columns[1].all():
-        raise PotstillError("the mean and standard deviation of this set are no rows of numbers, or one divides by 0")
-    plain = Standardise(tuple(said["mean"]), tuple(said["std"]), said["trailing"])
+    plain = plain_part(said)
     if kind == "standardise":
         return plain
     if matrix is None:
         raise PotstillError(f"the whitening matrix {file_of(said.get('matrix'))} of this set is missing")
     return ZCA(plain, matrix, said["reg"], said["matrix"])
+
+
+def plain_part(said: dict[str, Any]) -> Standardise:
+    """The standardisation that `describe` was given, alone or below a whitening.
+
+    Raises:
+        PotstillError: It divides by 0, or is none.
+    """
+    columns = [torch.as_tensor(said[k], dtype=torch.float32) for k in ("mean", "std")]
+    sound = all(c.ndim == 1 and c.isfinite().all() for c in columns) and type(said["trailing"]) is int
+    if not sound or not columns[1].all():
+        raise PotstillError("the mean and standard deviation of this set are no rows of numbers, or one divides by 0")
+    if said["name"] == "zca" and not (type(said["reg"]) is float and 0 <= said["reg"] < math.inf):
+        raise PotstillError("the whitening of this set has no factor of 0 or more")
+    return Standardise(tuple(said["mean"]), tuple(said["std"]), said["trailing"])
 
 
 def file_of(digest: Any) -> str:
@@ -326,18 +338,18 @@ def find_beside(folder: Path, said: dict[str, Any]) -> Tensor | None:
     return read_matrix(file, said["matrix"]) if file is not None and file.is_file() else None
 
 
-def find_cached(said: dict[str, Any], fingerprint: str) -> Tensor | None:
-    """The matrix of a whitening that was made before from the training data with this fingerprint.
+def find_cached(said: dict[str, Any], fingerprint: str, shape: tuple[int, ...]) -> Tensor | None:
+    """The matrix of a whitening of inputs (*shape) that was made before from the training data with this fingerprint.
 
     Another machine's is the same up to rounding, so its hash is not asked for.
     """
     if not re.fullmatch("[0-9a-f]+", fingerprint):
         return None  # no name from a foreign file leads out of the cache
     for file in sorted(cache("zca").glob(f"{fingerprint}-*-{said['reg']:g}/zca-*.safetensors")):
-        try:
-            return read_matrix(file, file.stem.removeprefix("zca-"))
-        except PotstillError:
-            continue  # damaged: made again when the data are next whitened
+        with suppress(PotstillError):  # damaged: made again when the data are next whitened
+            matrix = read_matrix(file, file.stem.removeprefix("zca-"))
+            if tuple(matrix.shape) == (math.prod(shape),) * 2 and bool(matrix.isfinite().all()):
+                return matrix
     return None
 
 

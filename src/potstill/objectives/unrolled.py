@@ -171,7 +171,7 @@ class Unroll(Objective):
             grads, seen = torch.func.grad(loss, has_aux=True)(params)
             rate = s.rates.gather(0, given["place"])[0]
             params, slow = optimiser.update(params, grads, slow, rate)
-            return params, {**buffers, **seen}, slow
+            return params, network.stored(buffers, seen), slow
 
         return step
 
