@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import potstill
 import potstill.cli
 import potstill.evaluation
 from potstill import Data, PotstillError, distill, evaluate, load, load_data, transforms
+from potstill.exchange import DistilledSet
+from potstill.judge import Judge
 from potstill.synthetic import share
 from potstill.transforms import ZCA, Nothing, build, describe, matrix_of
 
@@ -182,6 +185,41 @@ def test_a_set_without_its_matrix_is_judged_and_finds_it_in_the_cache(white, tmp
     kept.write_bytes(kept.read_bytes()[:-1])
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
     assert load(tmp_path / "zoo").matrix is None
+
+
+@pytest.mark.parametrize("change", [{"reg": 0.5}, {"mean": [0.25]}, {"fingerprint": "0123456789abcdef"}])
+def test_a_set_without_its_matrix_gets_that_of_its_own_data_only(white, tmp_path, monkeypatch, change):
+    """Before anything is trained."""
+    run, _ = white
+    set_ = load(run.out)
+    blind = DistilledSet(set_.inputs, set_.labels, set_.meta)
+    if "fingerprint" in change:
+        blind.meta = replace(blind.meta, **change)
+    else:
+        blind.meta = replace(blind.meta, transform={**blind.meta.transform, **change})
+    monkeypatch.setattr(Judge, "set", lambda *args: pytest.fail("trained"))
+    with pytest.raises(PotstillError, match="its matrix is not beside it; digits as it is here is not the data"):
+        evaluate(blind, repeats=1, networks=["mlp-w8"], protocol="dc")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mean": None}, "mean"),
+        ({"trailing": 0}, "does not fit inputs"),
+        ({"std": [0.0]}, "divides by 0"),
+        ({"reg": "x"}, "no factor"),
+        ({"matrix": "../x"}, "which is no hash"),
+    ],
+)
+def test_what_a_set_without_its_matrix_says_of_its_transform_is_checked(white, tmp_path, change, words):
+    run, _ = white
+    set_ = load(run.out)
+    said = {k: v for k, v in {**set_.meta.transform, **change}.items() if v is not None}
+    blind = DistilledSet(set_.inputs, set_.labels, replace(set_.meta, transform=said))
+    blind.save(tmp_path / "set.safetensors")
+    with pytest.raises(PotstillError, match=words):
+        load(tmp_path / "set.safetensors")
 
 
 def test_a_matrix_that_is_damaged_or_another_is_refused(white, tmp_path):
