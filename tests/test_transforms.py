@@ -158,6 +158,7 @@ def test_a_set_without_its_matrix_is_judged_and_finds_it_in_the_cache(white, tmp
         1 + 1e-7 * torch.randn(theirs.matrix.shape, generator=torch.Generator().manual_seed(0))
     )
     theirs.meta.transform["matrix"] = transforms.digest_of(theirs.matrix)
+    theirs.meta.transform["mean"] = [m * (1 + 1e-9) for m in theirs.meta.transform["mean"]]
     for folder in ("zoo", "whole"):
         (tmp_path / folder).mkdir()
     theirs.save(tmp_path / "zoo" / "set.safetensors")
