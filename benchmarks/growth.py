@@ -31,11 +31,16 @@ from potstill.transforms import Standardise
 
 FORMAT = 1
 BASE = {"ipc": 1, "classes": 10, "side": 32, "samples": 10_000, "real": 32, "uniform": 320, "network": "convnet-w32"}
+FEW = {"ipc": (1, 10, 100), "classes": (2, 10, 50), "side": (16, 32, 64), "samples": (1_000, 1_000_000)}
 CELLS = {
     "dm": {"ipc": (1, 10, 30, 100), "classes": (2, 10, 50, 200), "side": (8, 16, 32, 64, 128), "samples": (1_000, 10_000, 100_000, 1_000_000)},
-    "dc": {"ipc": (1, 10, 100), "classes": (2, 10, 50), "side": (16, 32, 64), "samples": (1_000, 1_000_000)},
-    "frepo": {"ipc": (1, 10, 100), "classes": (2, 10, 50), "side": (16, 32, 64), "samples": (1_000, 1_000_000)},
+    **dict.fromkeys(("dc", "dsa", "frepo", "kip", "dd", "mtt"), FEW),
 }  # fmt: skip
+SETTINGS = {  # what differs from the preset `small`: the size of the real batch, and no training of the network between steps
+    **dict.fromkeys(("dm", "dc", "dsa"), {"objective.real": "real"}),
+    **dict.fromkeys(("frepo", "kip", "dd"), {"objective.real": "uniform"}),
+    "mtt": {},
+}
 TOY = {"ipc": (1, 2), "classes": (2, 3), "side": (8, 16), "samples": (1_000, 10_000)}
 
 
@@ -51,11 +56,11 @@ def blank(classes: int, side: int, samples: int) -> Data:
 def one(cell: dict[str, Any]) -> dict[str, Any]:
     """A cell, in this process."""
     torch.set_num_threads(cell["threads"])
-    settings: dict[str, Any] = {"objective.real": cell["uniform"] if cell["method"] == "frepo" else cell["real"]}
-    if cell["method"] == "dc":
+    settings: dict[str, Any] = {path: cell[name] for path, name in SETTINGS[cell["method"]].items()}
+    if cell["method"] in ("dc", "dsa"):
         settings["source.epochs"] = 0
     row = CostRow(cell["method"], "blank", cell["ipc"], network=cell["network"], preset="small", repeats=cell["repeats"], settings=settings)  # fmt: skip
-    small = replace(row, ipc=1, network="convnet-w4", repeats=1, settings={**settings, "objective.real": 1})
+    small = replace(row, ipc=1, network="convnet-w4", repeats=1, settings=settings | dict.fromkeys(SETTINGS[cell["method"]], 1))
     measure(small, blank(2, 8, 100), False, "fp32")  # modules that a first step loads are no part of a cell's memory
     keep_memory()
     try:
