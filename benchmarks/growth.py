@@ -36,11 +36,7 @@ CELLS = {
     "dm": {"ipc": (1, 10, 30, 100), "classes": (2, 10, 50, 200), "side": (8, 16, 32, 64, 128), "samples": (1_000, 10_000, 100_000, 1_000_000)},
     **dict.fromkeys(("dc", "dsa", "frepo", "kip", "dd", "mtt"), FEW),
 }  # fmt: skip
-SETTINGS = {  # what differs from the preset `small`: the size of the real batch, and no training of the network between steps
-    **dict.fromkeys(("dm", "dc", "dsa"), {"objective.real": "real"}),
-    **dict.fromkeys(("frepo", "kip", "dd"), {"objective.real": "uniform"}),
-    "mtt": {},
-}
+REAL = {**dict.fromkeys(("dm", "dc", "dsa"), "real"), **dict.fromkeys(("frepo", "kip", "dd"), "uniform")}  # of each class, or in all; MTT reads none
 TOY = {"ipc": (1, 2), "classes": (2, 3), "side": (8, 16), "samples": (1_000, 10_000)}
 
 
@@ -56,11 +52,12 @@ def blank(classes: int, side: int, samples: int) -> Data:
 def one(cell: dict[str, Any]) -> dict[str, Any]:
     """A cell, in this process."""
     torch.set_num_threads(cell["threads"])
-    settings: dict[str, Any] = {path: cell[name] for path, name in SETTINGS[cell["method"]].items()}
-    if cell["method"] in ("dc", "dsa"):
+    real = REAL.get(cell["method"])
+    settings: dict[str, Any] = {"objective.real": cell[real]} if real else {}
+    if cell["method"] in ("dc", "dsa"):  # the training of the network between two steps is left out
         settings["source.epochs"] = 0
     row = CostRow(cell["method"], "blank", cell["ipc"], network=cell["network"], preset="small", repeats=cell["repeats"], settings=settings)  # fmt: skip
-    small = replace(row, ipc=1, network="convnet-w4", repeats=1, settings=settings | dict.fromkeys(SETTINGS[cell["method"]], 1))
+    small = replace(row, ipc=1, network="convnet-w4", repeats=1, settings={**settings, **({"objective.real": 1} if real else {})})
     measure(small, blank(2, 8, 100), False, "fp32")  # modules that a first step loads are no part of a cell's memory
     keep_memory()
     try:
@@ -98,9 +95,11 @@ def plot(record: dict[str, Any], file: Path) -> None:
         for method in CELLS:
             cells = sorted((c for c in record["cells"].values() if (c["method"], c["axis"], c["status"]) == (method, axis, DONE)), key=lambda c: c["at"])  # fmt: skip
             x = [c["at"] for c in cells]
+            if not x:
+                continue
             for line, values in enumerate(([c["step_seconds"] for c in cells], [grown(c) / MIB for c in cells])):
                 axes[line, column].loglog(x, values, marker="o", markersize=3, label=method)
-                if x and method == next(iter(CELLS)) and axis != "samples":
+                if method == next(iter(CELLS)) and axis != "samples":
                     power = 2 if axis == "side" else 1
                     straight = [values[-1] * (a / x[-1]) ** power for a in x]
                     axes[line, column].loglog(x, straight, color="0.7", linewidth=0.8, label="linear", zorder=0)

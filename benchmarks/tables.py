@@ -204,7 +204,7 @@ def growth_machine(record: Mapping[str, Any]) -> list[str]:
     line = (
         f"{where}; `{base['network']}`, {form}, float32. Where another axis grows: {base['ipc']} image per class, "
         f"{base['classes']} classes, {base['side']} × {base['side']} pixels in three channels, {base['samples']:,} training samples, "
-        f"{base['real']} real samples a class and step (FRePo: {base['uniform']} in all)."
+        f"{base['real']} real samples a class and step (FRePo, KIP and DD: {base['uniform']} in all)."
     )
     return [line]
 

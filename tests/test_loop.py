@@ -280,6 +280,22 @@ def test_minutes_fix_the_steps_before_the_first_and_print_them(tmp_path):
     assert torch.equal(made.set.inputs, again.set.inputs)
 
 
+def test_a_time_budget_is_for_steps_and_not_for_looks(tmp_path, monkeypatch):
+    looked = still.Still.look
+    monkeypatch.setattr(still.Still, "look", lambda self, now: (time.sleep(0.5), looked(self, now))[1])
+    lines, settings = [], {**SMALL, "looks": 4}
+    made = run(tmp_path / "a", steps=None, minutes=0.04, settings=settings, say=lines.append)
+    count = made.record["recipe"]["looks"]
+    assert count == len(made.record["looks"]) - 1 < 4 and made.record["steps"] > 1
+    assert any(f"{count} of 4 after this one" in line for line in lines)
+    assert f"--set looks={count}" in next(line for line in lines if "the same as" in line)
+    assert f"looks={count}" in made.record["command"]
+    resumed = run(tmp_path / "a", steps=None, minutes=0.04, settings=settings, resume=True)
+    assert resumed.record["recipe"] == made.record["recipe"]
+    with pytest.raises(PotstillError, match="looks was"):
+        run(tmp_path / "a", steps=made.record["steps"], settings=settings, resume=True)
+
+
 def test_looks_use_held_out_data_and_are_left_out_without(tmp_path):
     made = run(tmp_path / "a", settings={**SMALL, "looks": 4})
     assert [look["step"] for look in made.record["looks"]] == [0, 3, 6, 9, 12]

@@ -215,6 +215,9 @@ def check_same(
         now["compile"] = ask.compile == "on"
     if ask.precision != "auto":
         now["precision"] = ask.precision
+    settled = {"steps": recipe.steps}
+    if ask.minutes is not None and pinned["recipe"].get("looks", recipe.looks) < recipe.looks:
+        settled["looks"] = recipe.looks  # the time allowed fewer
     then = {
         "transform": "standardise",
         "experts": None,
@@ -222,7 +225,7 @@ def check_same(
         "ranks": 1,
         **pinned,
         # what a recipe could not say when the run began, it says by its default
-        "recipe": {**to_dict(from_dict(pinned["recipe"], recipe)), "steps": to_dict(recipe)["steps"]},
+        "recipe": to_dict(from_dict(pinned["recipe"], recipe)) | settled,
     }
     for name, value in now.items():
         if then[name] != value:

@@ -31,7 +31,7 @@ DIVERGED = 1e3  # a loss so many times the largest of the first ten has run away
 SNAPSHOTS = 8  # beside the start
 
 
-def plan(still: Still, minutes: float, spent: float, say: Callable[[str], None]) -> int:
+def plan(still: Still, minutes: float, spent: float, say: Callable[[str], None], more: str = "") -> int:
     """The number of steps that fits what is left of a time budget, from timing a copy of the state.
 
     Args:
@@ -39,6 +39,7 @@ def plan(still: Still, minutes: float, spent: float, say: Callable[[str], None])
         minutes: The whole budget.
         spent: Seconds of it that are gone.
         say: Receives the equal `--steps`.
+        more: Options that are equal to it, too.
     """
     now, took, group = still.fresh(), [], still.sharing.group
     for i in range(5):
@@ -49,10 +50,24 @@ def plan(still: Still, minutes: float, spent: float, say: Callable[[str], None])
             break
     each = statistics.median(took)
     steps = max(1, int((60 * minutes - group.first(spent) - sum(took)) / each))
-    say(
-        f"{each:.3g} s a step: {steps} steps in {minutes:g} minutes (the same as --steps {steps} --preset {still.settings.recipe.preset})"
-    )
+    same = f"--steps {steps} --preset {still.settings.recipe.preset}{more}"
+    say(f"{each:.3g} s a step: {steps} steps in {minutes:g} minutes (the same as {same})")
     return steps
+
+
+def looks_within(wanted: int, each: float, minutes: float) -> int:
+    """Looks after the first one that a time budget bears: with it they take at most a third, so that most is for steps.
+
+    Args:
+        wanted: By the recipe.
+        each: Seconds of the first one.
+        minutes: The whole budget.
+
+    Example:
+        >>> looks_within(4, 2.0, 3), looks_within(4, 97.0, 10), looks_within(4, 97.0, 5)
+        (4, 1, 0)
+    """
+    return wanted if each <= 0 else min(wanted, max(0, int(60 * minutes / 3 / each) - 1))
 
 
 def points(steps: int, count: int) -> set[int]:
@@ -164,7 +179,7 @@ def prepare(
         clock.seconds.update(pinned["seconds"])
         steps, precision, on = pinned["steps"], pinned["precision"], pinned["compile"]
         settings = Settings(
-            replace(recipe, steps=pinned["recipe"]["steps"]),
+            replace(recipe, steps=pinned["recipe"]["steps"], looks=pinned["recipe"].get("looks", recipe.looks)),
             counts,
             ask.seed,
             ask.holdout,
@@ -215,15 +230,18 @@ def prepare(
     if ask.minutes is not None:
         with clock.phase("looks"):
             first = still.look(still.fresh()) if group.leads else None
-        looks = [{"step": 0, **first}] if first else []
+        looks, look = [{"step": 0, **first}] if first else [], clock.seconds["looks"]
+        count = int(group.share(looks_within(recipe.looks, look, ask.minutes)))
+        if fewer := count < recipe.looks:
+            say(f"a look at held-out accuracy takes {look:.3g} s: {count} of {recipe.looks} after this one, so that most of the time is for steps")  # fmt: skip
         spent = (
             clock.seconds["start"]
             + clock.seconds.get("memory", 0.0)
             + clock.seconds.get("compile", 0.0)
-            + clock.seconds["looks"] * (1 + recipe.looks)
+            + look * (1 + count)
         )
         with clock.phase("planning"):
-            steps = plan(still, ask.minutes, spent, say)
-        still = still.with_steps(steps)
+            steps = plan(still, ask.minutes, spent, say, f" --set looks={count}" * fewer)
+        still = still.with_steps(steps, count)
     losses = torch.full((still.settings.steps,), math.nan, dtype=torch.float64)
     return still, Progress((0, still.fresh()), losses, looks)

@@ -17,7 +17,7 @@ from .data import Data
 from .exchange import DistilledSet
 from .functional import Key
 from .measure import Clock, cost
-from .recipe import Recipe, to_dict
+from .recipe import Recipe, find, to_dict
 from .replay import Experts
 from .still import SHOWN, Still
 from .synthetic import pick_random
@@ -102,7 +102,9 @@ def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int)
             parts += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
     if isinstance(recipe.source, Experts):
         parts += ["--experts", "DIR"]  # where they lie is no part of a record; which they are is
-    for path, value in ask.settings.items():
+    asked = find(ask.method, recipe.preset, max(counts)) if isinstance(ask.method, str) else ask.method
+    fewer = {"looks": recipe.looks} if recipe.looks < ask.settings.get("looks", asked.looks) else {}  # by --minutes
+    for path, value in {**ask.settings, **fewer}.items():
         parts += ["--set", f"{path}={json.dumps(value)}"]
     return shlex.join(parts)
 

@@ -146,10 +146,11 @@ class Still:
         first hundred."""
         return self.start.index[:SHOWN, : max(1, SHOWN // len(self.members))].flatten().unique()
 
-    def with_steps(self, steps: int) -> Still:
-        """The same run, what is compiled included, with another number of steps."""
-        other = copy.copy(self)
-        other.settings = replace(self.settings, steps=steps, recipe=replace(self.settings.recipe, steps=steps))
+    def with_steps(self, steps: int, looks: int | None = None) -> Still:
+        """The same run, what is compiled included, with another number of steps and, where given, of looks."""
+        other, recipe = copy.copy(self), self.settings.recipe
+        recipe = replace(recipe, steps=steps, looks=recipe.looks if looks is None else looks)
+        other.settings = replace(self.settings, steps=steps, recipe=recipe)
         return other
 
     def fresh(self) -> Now:
