@@ -36,7 +36,10 @@ CELLS = {
     "dm": {"ipc": (1, 10, 30, 100), "classes": (2, 10, 50, 200), "side": (8, 16, 32, 64, 128), "samples": (1_000, 10_000, 100_000, 1_000_000)},
     **dict.fromkeys(("dc", "dsa", "frepo", "kip", "dd", "mtt"), FEW),
 }  # fmt: skip
-REAL = {**dict.fromkeys(("dm", "dc", "dsa"), "real"), **dict.fromkeys(("frepo", "kip", "dd"), "uniform")}  # of each class, or in all; MTT reads none
+REAL = {
+    **dict.fromkeys(("dm", "dc", "dsa"), "real"),
+    **dict.fromkeys(("frepo", "kip", "dd"), "uniform"),
+}  # of each class, or in all; MTT reads none
 TOY = {"ipc": (1, 2), "classes": (2, 3), "side": (8, 16), "samples": (1_000, 10_000)}
 
 
@@ -57,7 +60,9 @@ def one(cell: dict[str, Any]) -> dict[str, Any]:
     if cell["method"] in ("dc", "dsa"):  # the training of the network between two steps is left out
         settings["source.epochs"] = 0
     row = CostRow(cell["method"], "blank", cell["ipc"], network=cell["network"], preset="small", repeats=cell["repeats"], settings=settings)  # fmt: skip
-    small = replace(row, ipc=1, network="convnet-w4", repeats=1, settings={**settings, **({"objective.real": 1} if real else {})})
+    small = replace(
+        row, ipc=1, network="convnet-w4", repeats=1, settings={**settings, **({"objective.real": 1} if real else {})}
+    )
     measure(small, blank(2, 8, 100), False, "fp32")  # modules that a first step loads are no part of a cell's memory
     keep_memory()
     try:

@@ -25,7 +25,7 @@ from potstill.still import Settings, Still
 from potstill.synthetic import counts_per_group
 
 METHODS = ("dm", "dc", "dsa", "frepo", "dd", "mtt")
-WIDE = {"frepo": "widenet-w32"}
+WIDE = {"frepo": "widenet-batch-w32"}
 
 
 def stills(method: str, data: Data, ipc: int, width: str, toy: bool) -> tuple[Still, Still]:

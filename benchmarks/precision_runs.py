@@ -3,8 +3,8 @@
 python benchmarks/precision_runs.py [--data fashion-mnist,digits] [--methods dm,dc] [--seeds 5] [--threads 1] [--again] [--scale toy]
 
 A run has a fixed number of steps at one image per class, compiled, with a ConvNet of width 32 (FRePo: one that widens), and differs from
-its twin in the precision alone. MTT's replay the same experts, which are recorded in float32 before: five of five epochs. Each set trains one network in float32, whose accuracy on training data held out is what
-counts; the test data are not read. The row `evaluation` has sets made in float32 by DM judged by networks that are trained in either
+its twin in the precision alone. MTT's replay the same experts, which are recorded in float32 before. Each set trains one network in
+float32, whose accuracy on training data held out is what counts; the test data are not read. The row `evaluation` has sets made in float32 by DM judged by networks that are trained in either
 precision. Cells that are in the file already are skipped; `precision.py` has the gradients.
 """
 
@@ -27,9 +27,10 @@ from potstill.records import software, write_json
 
 STEPS = {  # fixed, and few enough for five seeds in both precisions
     "digits": {"dm": 100, "dc": 60, "dsa": 60, "frepo": 300, "dd": 30, "mtt": 60},
-    "fashion-mnist": {"dm": 60, "dc": 60, "dsa": 60, "frepo": 300, "dd": 30},
+    "fashion-mnist": {"dm": 60, "dc": 60, "dsa": 60, "frepo": 300, "dd": 30, "mtt": 60},
 }
-NETWORK = {"frepo": "widenet-w32"}
+EXPERTS = {"digits": {"count": 5, "epochs": 5, "batch": 64}, "fashion-mnist": {"count": 3, "epochs": 4, "batch": 256}}
+OWN = {"frepo": "widenet-batch-w32"}  # the preset's: it is judged by one without norm
 EVALUATION = "evaluation"
 FORMS = ("fp32", "bf16")
 
@@ -39,7 +40,7 @@ def made(
 ) -> DistilledSet:
     """A set of one image per class."""
     with tempfile.TemporaryDirectory() as out:
-        run = distill(data, method, steps=steps, preset="small", seed=seed, network=network, precision=precision, compile=compile, experts=experts, evaluate=False, out=f"{out}/run")  # fmt: skip
+        run = distill(data, method, steps=steps, preset="small", seed=seed, network=None if method in OWN else network, precision=precision, compile=compile, experts=experts, evaluate=False, out=f"{out}/run")  # fmt: skip
         if (took := run.record["choices"]["precision"]) != precision:
             raise SystemExit(f"{method} ran in {took} where {precision} was asked for")
         return run.set
@@ -60,7 +61,7 @@ def cell(data: Data, method: str, steps: int, seeds: int, network: str, compile:
     with tempfile.TemporaryDirectory() as place:
         experts = f"{place}/experts" if method == "mtt" else None
         if experts:
-            record_experts(data, out=experts, network=network, count=5, epochs=5, batch=64, precision="fp32", compile=compile)
+            record_experts(data, out=experts, network=network, precision="fp32", compile=compile, **EXPERTS[data.name])
         for seed in range(seeds):
             shared = made(data, "dm", steps, seed, "fp32", network, compile, None) if method == EVALUATION else None
             for form in FORMS:
@@ -91,7 +92,7 @@ def main() -> None:
     for name in args.data.split(","):
         data = load_data(name)
         for method in args.methods.split(","):
-            net = NETWORK.get(method, args.network)
+            net = OWN.get(method, args.network)
             at = f"{name}/{method}/{net}"
             before = record["cells"].get(at)
             if before and len(before["accuracies"]["fp32"]) == args.seeds and not args.again:

@@ -55,8 +55,8 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale("convnet", "ConvNet", "widenet", 10, 10, 256, 1024, 20, 1000, {1: 20, 10: 10}, 1280),
-    "toy": Scale("convnet-w32", "ConvNetW32", "widenet-w4", 3, 2, 4, 16, 3, 20, {1: 2, 10: 2}, 256),
+    "full": Scale("convnet", "ConvNet", "widenet-batch", 10, 10, 256, 1024, 20, 1000, {1: 20, 10: 10}, 1280),
+    "toy": Scale("convnet-w32", "ConvNetW32", "widenet-batch-w4", 3, 2, 4, 16, 3, 20, {1: 2, 10: 2}, 256),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,7 +19,7 @@ import pytest
 from filelock import FileLock
 
 from potstill import cells as cells_module
-from potstill import costs, still
+from potstill import costs, distill, evaluate, scores, still
 from potstill.bench import Bench
 from potstill.benchmark import Benchmark, planned, reason
 from potstill.cli import main
@@ -183,6 +184,23 @@ def test_a_baseline_is_measured_once_for_all_cells_in_which_it_is_the_same(root,
     assert two["accuracies"] == alone.accuracies
     again = bench_of(tmp_path, HEAD + rows[1].replace("repeats = 2", "repeats = 3"))
     assert again.run(again.plan()) == {"done": 1} and calls[2:] == ["dsa"]
+
+
+def test_a_set_with_learned_labels_is_held_against_random_samples_with_a_teachers(root, tmp_path, short, monkeypatch):
+    """Its gain is above those; the baseline is that of `evaluate`, made once for all cells in which it is the same."""
+    calls, soft = [], Judge.random_soft
+    monkeypatch.setattr(Judge, "random_soft", lambda self, *a: calls.append(a) or soft(self, *a))
+    row = '[[row]]\nmethod = "kip"\ndata = "toy"\nipc = 1\nsteps = 4\nnetworks = ["convnet-w4"]\nprotocol = "dc"\nrepeats = 2\n'
+    row += 'baselines = ["random", "random-soft"]\nsettings = { "objective.real" = 8 }\n'
+    work = bench_of(tmp_path, HEAD + row + row.replace("ipc", 'name = "again"\nipc'))
+    assert work.run(work.plan()) == {"done": 2} and len(calls) == 1
+    record = records(tmp_path)["performance/toy/kip/1"]
+    found = {r["role"]: r["accuracies"] for r in record["results"]}
+    assert set(found) == {"set", "random", "random-soft"}
+    set_ = load(tmp_path / "out" / record["sets"][0]["path"])
+    one = soft(Judge(work.bench.data("toy"), cells_module.protocol_of("dc"), 2), set_, "convnet-w4")
+    assert found["random-soft"] == one.accuracies
+    assert scores.gain(record) == pytest.approx(sum(found["set"]) / 2 - sum(one.accuracies) / 2)
 
 
 def test_a_cell_is_measured_again_when_its_row_changes_and_its_set_kept_when_only_the_judging_does(
@@ -698,3 +716,58 @@ def test_findings_about_other_cells_are_left_out(root, tmp_path):
         )
     )
     assert [v["name"] for v in work.judge_findings(tmp_path / "f.toml")] == ["ours"]
+
+
+# sets from files
+
+
+def test_anybodys_file_is_judged_beside_the_methods(root, tmp_path, short, capsys):
+    """Ours by its folder, another project's by its normalisation; the number is that of `evaluate`, and a new file is a new cell."""
+    data = toy()
+    run = distill(data, "random", ipc=1, out=tmp_path / "ours", evaluate=False, seed=7)
+    stranger = tmp_path / "theirs.npz"
+    np.savez(stranger, x=run.set.inputs.numpy(), y=run.set.labels.numpy())
+    common = 'data = "toy"\nipc = 1\nnetworks = ["convnet-w4"]\nprotocol = "dc"\nrepeats = 2\n'
+    ours = f'[[row]]\nmethod = "mine"\nset = "{tmp_path / "ours"}"\nbaselines = ["random"]\n{common}'
+    theirs = f'[[row]]\nmethod = "theirs"\nset = "{stranger}"\nnormalisation = "standardise"\n{common}'
+    bench = bench_of(tmp_path, HEAD + ours + theirs)
+    assert bench.run(bench.plan()) == {"done": 2}
+    found = records(tmp_path)
+    (expected,) = evaluate(run.set, data, networks=["convnet-w4"], protocol="dc", repeats=2)
+    for name, file in (("mine", "ours"), ("theirs", "theirs.npz")):
+        record = found[f"performance/toy/{name}/1"]
+        own = next(r for r in record["results"] if r["role"] == "set")
+        assert own["accuracies"] == expected.accuracies
+        assert [s["path"] for s in record["sets"]] == [f"file:{file}"] and record["sets"][0]["seconds"] is None
+    assert {r["role"] for r in found["performance/toy/mine/1"]["results"]} == {"set", "random"}
+    assert bench.run(bench.plan()) == {"kept": 2}
+    np.savez(stranger, x=-run.set.inputs.numpy(), y=run.set.labels.numpy())
+    assert bench.run(bench.plan()) == {"kept": 1, "done": 1}
+    changed = records(tmp_path)["performance/toy/theirs/1"]["results"]
+    assert changed[0]["accuracies"] != expected.accuracies
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "page.md")]) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "| mine |" in page and "a set from a file, made elsewhere: theirs.npz" in page
+
+
+def test_a_file_that_does_not_fit_its_row_is_told_before_or_recorded(root, tmp_path, short):
+    common = 'data = "toy"\nnetworks = ["convnet-w4"]\nprotocol = "dc"\nrepeats = 1\n'
+    place = tmp_path / "ours"
+    distill(toy(), "random", ipc=2, out=place, evaluate=False)
+    for more, words in (
+        (f'method = "mine"\nipc = 2\nset = "{tmp_path / "none"}"\n', f"no set at {tmp_path / 'none'}"),
+        (f'method = "dm"\nipc = 2\nset = "{place}"\n', "method 'dm': what the set is called in tables is needed"),
+        (f'method = "mine"\nipc = 2\nset = "{place}"\nsteps = 4\n', "steps: a set from a file is made already"),
+        (f'method = "mine"\nipc = 2\nset = "{place}"\nseeds = [0, 1]\n', "2 seeds: a file holds one set"),
+        (
+            'method = "random"\nipc = 2\nnormalisation = "unit"\n',
+            "normalisation is for a set from another project's file",
+        ),
+    ):
+        with pytest.raises(PotstillError, match=re.escape(words)):
+            bench_of(tmp_path, f"{HEAD}[[row]]\n{more}{common}")
+    bench = bench_of(tmp_path, f'{HEAD}[[row]]\nmethod = "mine"\nipc = 1\nset = "{place}"\n{common}')
+    assert bench.run(bench.plan()) == {"failed": 1}
+    classes = toy().task.classes
+    reason = records(tmp_path)["performance/toy/mine/1"]["reason"]
+    assert reason.endswith(f"has {2 * classes} images, not 1 of each of {classes} classes")

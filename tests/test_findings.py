@@ -38,29 +38,28 @@ CELLS = {
         ("accuracy", ["d/c/1"], "d/b/1", 1, "not resolvable"),
         ("accuracy", ["d/a/1", "d/c/1"], "d/b/1", 1, "not resolvable"),
         ("accuracy", ["d/a/1", "transfer/d/a/1@mlp"], "d/b/1", 1, "refuted"),
-        ("accuracy", ["d/failed/1"], "d/b/1", 1, "not resolvable"),
+        ("accuracy", ["d/failed/1"], "d/b/1", 1, "not measured"),
         ("accuracy", ["d/a/1@gain"], "d/a/10@gain", 1, "confirmed"),
         ("accuracy", ["d/b/1@gain"], "d/a/10@gain", 1, "not resolvable"),  # random samples have a spread of their own
-        ("accuracy", ["transfer/d/a/1@resnet18"], "d/b/1", 1, "not resolvable"),
+        ("accuracy", ["transfer/d/a/1@resnet18"], "d/b/1", 1, "not measured"),
         ("seconds", ["cost/d/b/1/plain@step_seconds"], "cost/d/a/1/plain@step_seconds", 1, "not resolvable"),
         ("seconds", ["cost/d/b/1/plain@loss_seconds"], "cost/d/a/1/plain@loss_seconds", 1, "confirmed"),
         ("seconds", ["cost/d/b/1/plain@loss_seconds"], "cost/d/a/1/plain@loss_seconds", 3, "refuted"),
         ("bytes", ["cost/d/a/1/plain@peak_bytes"], "cost/d/b/1/plain@peak_bytes", 100, "confirmed"),
         ("bytes", ["cost/d/c/1/plain@peak_bytes"], "cost/d/a/1/plain@peak_bytes", 1, "confirmed"),
         ("bytes", ["cost/d/c/1/plain@peak_bytes"], "cost/d/c/1/plain@peak_bytes", 1, "not resolvable"),
-        ("bytes", ["cost/d/e/1/plain@peak_bytes"], "cost/d/a/1/plain@peak_bytes", 1, "not resolvable"),
+        ("bytes", ["cost/d/e/1/plain@peak_bytes"], "cost/d/a/1/plain@peak_bytes", 1, "not measured"),
         ("seconds", ["cost/d/e/1/plain@step_seconds"], "cost/d/a/1/plain@step_seconds", 1, "confirmed"),
-        ("seconds", ["cost/d/c/1/plain@step_seconds"], "cost/d/a/1/plain@step_seconds", 1, "not resolvable"),
-        ("bytes", ["cost/d/none/1/plain@peak_bytes"], "cost/d/a/1/plain@peak_bytes", 1, "not resolvable"),
+        ("seconds", ["cost/d/c/1/plain@step_seconds"], "cost/d/a/1/plain@step_seconds", 1, "not measured"),
+        ("bytes", ["cost/d/none/1/plain@peak_bytes"], "cost/d/a/1/plain@peak_bytes", 1, "not measured"),
     ],
 )
 def test_verdicts(kind, more, than, factor, verdict):
     found = judge(Finding("n", "c", "s", kind, tuple(more), (than,), "command", factor=factor), CELLS)
     assert found["verdict"] == verdict, found["numbers"]
     other = {"seconds": "/c/", "bytes": "/e/"}.get(kind, "failed")  # the limit that says nothing of these
-    assert ("not measured" in found["numbers"]) == any(
-        word in "".join([*more, than]) for word in ("none", "failed", "resnet18", other)
-    )
+    missing = any(word in "".join([*more, than]) for word in ("none", "failed", "resnet18", other))
+    assert ("not measured" in found["numbers"]) == (verdict == "not measured") == missing
 
 
 def test_networks_of_any_width_are_compared_at_the_greatest_that_all_have():
@@ -86,10 +85,10 @@ def test_networks_of_any_width_are_compared_at_the_greatest_that_all_have():
     assert said == "confirmed" and numbers.startswith("t/a@vgg11: 90.5 %, t/c@vgg11: 20.5 %")
     assert verdict("t/a@vgg11-w*", than="t/d@vgg11-w*")[1] == "not measured at one width: t/a@vgg11-w*, t/d@vgg11-w*"
     unfinished = {**cells, "t/b": {**cells["t/b"], "status": "running"}}
-    assert judge(Finding("n", "c", "s", "accuracy", ("t/b@vgg11-w*",), ("t/a@vgg11-w*",), "x"), unfinished)["verdict"] == "not resolvable"  # fmt: skip
+    assert judge(Finding("n", "c", "s", "accuracy", ("t/b@vgg11-w*",), ("t/a@vgg11-w*",), "x"), unfinished)["verdict"] == "not measured"  # fmt: skip
     assert verdict("t/a@vgg11-w*", than="t/none@vgg11-w*")[1] == "not measured: t/none@vgg11-w*"
     said, numbers = verdict("t/a@vgg11-w*", "t/none@vgg11-w*", than="t/b@vgg11-w*")
-    assert said == "not resolvable" and "w16: 50.5" in numbers and numbers.endswith("not measured: t/none@vgg11-w*")
+    assert said == "not measured" and "w16: 50.5" in numbers and numbers.endswith("not measured: t/none@vgg11-w*")
     numbers = verdict("t/a@vgg11-w*", "t/c@vgg11-w*", "t/d@vgg11-w*", than="t/a@vgg11-w*")[1]
     assert "t/c@vgg11: 20.5" in numbers, "each comparison has a width of its own"
 
@@ -152,7 +151,7 @@ def test_differences_are_compared_part_by_part_at_a_width_each_has():
     )
     assert judge(Finding("n", "c", "s", "accuracy", *reversed(pair), "command"), cells)["verdict"] == "refuted"
     missing = judge(Finding("n", "c", "s", "accuracy", pair[0], ("t/dm@convnet-w* less t/dm@resnet18-w*",), "x"), cells)
-    assert missing["verdict"] == "not resolvable" and "resnet18-w*" in missing["numbers"]
+    assert missing["verdict"] == "not measured" and "resnet18-w*" in missing["numbers"]
 
 
 def test_the_command_has_the_options_that_the_cells_were_measured_with():
@@ -169,3 +168,5 @@ def test_the_command_has_the_options_that_the_cells_were_measured_with():
         one = {"d/a/1": {**cell([0.5, 0.6]), "command": f"potstill benchmark review --only d/a/1 {words}"}}
         assert judge(Finding("n", "c", "s", "accuracy", ("d/a/1",), ("d/y/1",), "it"), one)["command"] == shown
     assert judge(Finding("n", "c", "s", "accuracy", ("d/x/1",), ("d/y/1",), "it"), cells)["command"] == "it"
+    own = Finding("n", "c", "s", "accuracy", ("d/a/1",), ("d/b/1",), "it --precision fp32")
+    assert judge(own, cells)["command"] == "it --precision fp32 --no-zoo", "what the command says itself stays"

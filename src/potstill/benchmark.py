@@ -21,7 +21,7 @@ from filelock import Timeout
 
 from . import findings
 from .bench import Bench
-from .cells import ADDED, accuracy, asked, covered, in_zoo, minutes
+from .cells import ADDED, accuracy, asked, covered, in_zoo, minutes, sha256_of
 from .compiling import PRECISIONS, check_device, choose_compile, keep_memory
 from .costs import TIME, in_own_process
 from .errors import NoMemory, PotstillError, Stopped, unknown
@@ -145,8 +145,12 @@ class Benchmark:
             data = self.bench.data(row.data)
         except PotstillError as error:
             return Cell(suite, row, 0.0, "", ABSENT, reason(error))
-        plain = {k: v for k, v in asdict(row).items() if k not in ("published", *ADDED)}
-        parts: list[Any] = [suite.table, plain, data.fingerprint]
+        plain = row.plain if isinstance(row, Row) else asdict(row)
+        parts: list[Any] = [
+            suite.table,
+            {k: v for k, v in plain.items() if k not in ("published", *ADDED)},
+            data.fingerprint,
+        ]
         lies = None
         if isinstance(row, Row):
             parts += [protocol_of(row.protocol).hash, row.seeds[0]]
@@ -154,13 +158,16 @@ class Benchmark:
             parts += [asdict(suite.experts[row.experts])] if row.experts else []
             lies = in_zoo(self.bench, row, data)
             parts += [read_json(lies / "record.json")["set"]["sha256"]] if lies is not None else []
+            parts += [sha256_of(row.set)] if row.set else []
         b = self.bench
         chosen = (b.device, b.precision, b.compile if isinstance(row, CostRow) else "auto")
         parts += [chosen] if chosen != ("cpu", "auto", "auto") else []
         mark = digest(parts)
         cell = Cell(suite, row, 0.0, mark, TODO)
         found = self.kept(cell)
-        there = max(int(lies is not None), len(found.get("sets", ())) if found else 0)
+        there = max(
+            int(lies is not None or bool(isinstance(row, Row) and row.set)), len(found.get("sets", ())) if found else 0
+        )
         try:
             cell = replace(cell, minutes=minutes(row, data, there))
         except PotstillError as error:

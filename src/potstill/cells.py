@@ -18,8 +18,11 @@ from .compiling import EAGER_FLOPS, sample_flops
 from .data import Data
 from .distilling import distill
 from .errors import PotstillError, Unwritable
+from .evaluation import check_fit
 from .exchange import DistilledSet, load
 from .experts import record as record_experts
+from .foreign import is_foreign, located
+from .foreign import read as read_foreign
 from .judge import Judge, Result, meeting, protocol_of
 from .networks import network as build_network
 from .objectives import ByGroup
@@ -129,6 +132,8 @@ def _ways(
         yield "k-means", "own", _shared(bench, judge, "k-means", set_, name)
     if is_kernel(name):
         return
+    if "random-soft" in row.baselines:
+        yield "random-soft", "own", _shared(bench, judge, "random-soft", set_, name)
     if "hard" in row.variants:
         if set_.meta.labels != "hard":
             meta = replace(set_.meta, labels="hard")
@@ -141,13 +146,15 @@ def _ways(
         yield "random", "plain", _shared(bench, bare, "random", set_, name)
 
 
-def _shared(bench: Bench, judge: Judge, role: str, set_: DistilledSet, name: str) -> Callable[[], Result]:
+def _shared(bench: Bench, judge: Judge, role: str, set_: DistilledSet, name: str) -> Callable[[], Result | None]:
     """The measurement of a baseline, made once in a results folder for all cells in which it would be the same: the same
     samples under the same protocol, once augmentation and learning rate are settled, by the same network.
     """
-    protocol = judge.resolved(set_, "hard")
+    protocol = judge.resolved(set_, "soft" if role == "random-soft" else "hard")
 
-    def run() -> Result:
+    def run() -> Result | None:
+        if role == "random-soft":
+            return judge.random_soft(set_, name)
         return judge.random(set_, name) if role == "random" else judge.k_means(set_, name)
 
     if is_kernel(name) or ":" in name or protocol.name == "unrolled":
@@ -156,13 +163,14 @@ def _shared(bench: Bench, judge: Judge, role: str, set_: DistilledSet, name: str
     what = [role, data.fingerprint, describe(data.transform), set_.meta.ipc, name]
     mark = digest([*what, *how, protocol.plain(), fit_of(name, protocol, set_)])
 
-    def kept() -> Result:
+    def kept() -> Result | None:
         file = bench.out / "baselines" / f"{mark}.json"
         with suppress(OSError, PotstillError, TypeError):  # not there, or of another form: measured again
             return replace(Result(**read_json(file)), dataset=data.name)
         file.parent.mkdir(parents=True, exist_ok=True)
         result = run()
-        write_sealed(file, asdict(result))
+        if result is not None:
+            write_sealed(file, asdict(result))
         return result
 
     return kept
@@ -173,12 +181,15 @@ def in_zoo(bench: Bench, row: Row, data: Data) -> Path | None:
 
     A set without its own record beside it is not taken: what it cost is not known.
     """
-    found = places.names().get(f"{data.slug}/{row.method}/{row.ipc}") if bench.zoo and not row.name else None
+    taken = bench.zoo and not row.name and not row.set
+    found = places.names().get(f"{data.slug}/{row.method}/{row.ipc}") if taken else None
     return found if found is not None and record_of(found) else None
 
 
 def made(bench: Bench, suite: Suite, row: Row, record: Record, seed: int, data: Data) -> DistilledSet:
     """The row's set of a seed: as the record has it, from its run's last checkpoint, or from the start."""
+    if row.set:
+        return _brought(row, record, seed, data)
     lies = in_zoo(bench, row, data)
     if lies is not None and seed == row.seeds[0]:
         set_ = load(lies)
@@ -214,6 +225,40 @@ def made(bench: Bench, suite: Suite, row: Row, record: Record, seed: int, data: 
     return run.set
 
 
+def _brought(row: Row, record: Record, seed: int, data: Data) -> DistilledSet:
+    """The set of a row that names a file.
+
+    Raises:
+        PotstillError: It is not for these data, is no single set, or has another number of images per class.
+    """
+    several = read_foreign(row.set, data, row.normalisation or None) if is_foreign(row.set) else [load(row.set)]
+    if len(several) > 1:
+        raise PotstillError(f"{row.set} holds {len(several)} sets: {row.set}#0 is the first of them")
+    (set_,) = several
+    check_fit(set_, data)
+    if len(set_) != row.ipc * data.task.classes:
+        raise PotstillError(f"{row.set} has {len(set_)} images, not {row.ipc} of each of {data.task.classes} classes")
+    known = {"sha256": sha256_of(row.set)}
+    about = {
+        "seed": seed,
+        "path": f"{places.IN_FILE}{Path(row.set).name}",
+        **known,
+        "steps": set_.meta.steps,
+        "seconds": None,
+    }
+    _replace(record, {**about, "images": len(set_), **set_.sizes})
+    return set_
+
+
+def sha256_of(name: str) -> str:
+    """That of what a set's path stands for: its file, or all files of its folder; nothing where none is."""
+    found, _ = located(name)
+    files = sorted(f for f in found.iterdir() if f.is_file()) if found.is_dir() else [found]
+    own = [f for f in files if f.name == places.SET] or files
+    parts = [f.read_bytes() for f in own if f.is_file()]
+    return hashlib.sha256(b"".join(parts)).hexdigest() if parts else ""
+
+
 def making(row: Row, recording: Recording | None, data: Data) -> str:
     """Digest of all that a row's sets depend on: another one, another folder. How sets are judged is no part of it."""
     names = ("method", "ipc", "minutes", "steps", "preset", "network", "settings")
@@ -228,8 +273,6 @@ def _sha256(folder: Path) -> str:
 
 def _enter(record: Record, seed: int, place: str, run: Record, set_: DistilledSet) -> None:
     """Put a set into a cell's record; numbers that were measured on an earlier set of this seed go."""
-    if any((e["seed"], e["path"], e["sha256"]) == (seed, place, run["set"]["sha256"]) for e in record["sets"]):
-        return
     entry = {
         "seed": seed,
         "path": place,
@@ -241,8 +284,15 @@ def _enter(record: Record, seed: int, place: str, run: Record, set_: DistilledSe
         "images": len(set_),
         **set_.sizes,  # an older record does not say them
     }
-    record["sets"] = [e for e in record["sets"] if e["seed"] != seed] + [entry]
-    record["results"][:] = [r for r in record["results"] if r["seed"] != seed]
+    _replace(record, entry)
+
+
+def _replace(record: Record, entry: Record) -> None:
+    """The entry of a seed's set, in place of an earlier one; if it is another set, its numbers go."""
+    same = any(all(e[k] == entry[k] for k in ("seed", "path", "sha256")) for e in record["sets"])
+    record["sets"] = [e for e in record["sets"] if e["seed"] != entry["seed"]] + [entry]
+    if not same:
+        record["results"][:] = [r for r in record["results"] if r["seed"] != entry["seed"]]
 
 
 def _experts(bench: Bench, name: str, recording: Recording) -> Path:

@@ -1,4 +1,4 @@
-"""Claims of the literature held against a benchmark's records: confirmed, refuted, or not resolvable with what was measured."""
+"""Claims of the literature held against a benchmark's records: confirmed, refuted, not resolvable with what was measured, or not measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .scores import accuracies, p_value
 
 Cell = Mapping[str, Any]
 KINDS = ("accuracy", "seconds", "bytes")
-CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "not resolvable"
+CONFIRMED, REFUTED, OPEN, MISSING = "confirmed", "refuted", "not resolvable", "not measured"
 LEVEL = 0.05  # of the test that two accuracies differ
 MARGIN = 1.1  # ratio below which two measured costs count as one
 ANY_WIDTH = "-w*"
@@ -132,7 +132,7 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
         cells: Records by name: that of the cell, after `transfer/` for the table of transfer.
 
     Returns:
-        `name`, `claim`, `verdict` (`confirmed`, `refuted`, `not resolvable`), `numbers`, `note` and `command`, with the options of the
+        `name`, `claim`, `verdict` (`confirmed`, `refuted`, `not resolvable`, `not measured`), `numbers`, `note` and `command`, with the options of the
         runs that have measured the cells.
     """
     value = _accuracy if finding.kind == "accuracy" else partial(_cost, limit=LIMITS[finding.kind])
@@ -142,7 +142,7 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
         more, than = value(name, cells), value(other, cells)
         missing = [n for n, v in ((name, more), (other, than)) if not v]
         if missing:
-            verdicts.append(OPEN)
+            verdicts.append(MISSING)
             where = " at one width" if all(ANY_WIDTH in n for n in (name, other)) else ""
             numbers.append(f"not measured{where}: {', '.join(missing)}")
         elif finding.kind == "accuracy":
@@ -154,8 +154,9 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
             ratio = math.nan if more == than == [math.inf] else more[0] / (than[0] * finding.factor)
             verdicts.append(CONFIRMED if ratio > MARGIN else REFUTED if ratio < 1 / MARGIN else OPEN)
             numbers.append(f"{name}: {_words(more[0], finding.kind)}, {other}: {_words(than[0], finding.kind)}")
-    joint = REFUTED if REFUTED in verdicts else CONFIRMED if set(verdicts) == {CONFIRMED} else OPEN
-    command = " ".join([finding.command, *_options(cells[c] for c in sorted(finding.cells) if c in cells)])
+    joint = next((v for v in (REFUTED, OPEN, MISSING) if v in verdicts), CONFIRMED)
+    options = _options(cells[c] for c in sorted(finding.cells) if c in cells)
+    command = " ".join([finding.command, *(o for o in options if o.split()[0] not in finding.command.split())])
     return {"name": finding.name, "claim": finding.claim, "verdict": joint, "numbers": "; ".join(numbers), "note": finding.note, "command": command}  # fmt: skip
 
 

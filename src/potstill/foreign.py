@@ -34,7 +34,7 @@ ASK = (
 
 def is_foreign(path: str | Path) -> bool:
     """Whether a path looks like another project's set: a `.pt`, a `.npz`, or a folder of MTT's."""
-    file, _ = _place(path)
+    file, _ = located(path)
     if os.path.isdir(file):
         return not (file / "set.safetensors").exists() and any(file.glob("images_*.pt"))
     return file.suffix in SUFFIXES
@@ -59,7 +59,7 @@ def read(path: str | Path, data: Data, normalisation: str | None = None) -> list
     Example:
         >>> read("res_DM_FashionMNIST_ConvNet_1ipc.pt", data, "0.2861/0.3530")  # doctest: +SKIP
     """
-    file, at = _place(path)
+    file, at = located(path)
     if file.is_dir():
         best = file / "images_best.pt"
         if not best.is_file():
@@ -87,7 +87,7 @@ def read(path: str | Path, data: Data, normalisation: str | None = None) -> list
     return [_made(file, x, y, data, transform, stated == "unit", lr) for x, y in chosen]
 
 
-def _place(path: str | Path) -> tuple[Path, int | None]:
+def located(path: str | Path) -> tuple[Path, int | None]:
     """A file and the number of a set in it; a file whose name ends in `#2` comes first."""
     found = re.fullmatch(r"(.+\.pth?)#([0-9]{1,9})", str(path), re.DOTALL)
     return (Path(found[1]), int(found[2])) if found and not os.path.exists(path) else (Path(path), None)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
+from .cards import record_of
 from .page import MARKS, STATES, Entry, Group, fair, lines, ranks
-from .places import IN_ZOO
+from .places import IN_FILE, IN_ZOO, names
 from .training import PROTOCOLS
 
-ZOO_NOTE = "a set of the zoo, at the length and settings on its card, which may not be those of other rows"
+PUBLISHED = "Published: with the paper's own network, protocol and copy of the data."
+ZOO_NOTE = "a set of the zoo: its length and settings are those on its card"
+MADE_FOR = "; made for {} and protocol {}"
+WHITENED = "; whitened, and the baselines beside it too"
+FILE_NOTE = "a set from a file, made elsewhere: {}"
+FORMER_NOTE = "a set that the zoo had before ({} steps); the one that it has now is another"
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ def performance_table(group: Group, key: str) -> Table:
     rows = _accuracy(group.entries, columns, lambda e: (e.data, e.ipc), notes, lambda e: e.data)
     heads = tuple((data, "all" if ipc is None else str(ipc)) for data, ipc in columns)
     words = f"Accuracy in %, mean ± standard deviation; columns: images per class. {_spread(group.entries)}{_augmented(group.protocol)}"
+    words += f" {PUBLISHED}" * any(e.record.get("published") for e in group.entries)
     return Table(key, name_of(group), words, heads, rows, tuple(notes.found))
 
 
@@ -305,11 +312,27 @@ def _accuracy(
                 sets = e.record.get("sets") or []
                 made = ", ".join(dict.fromkeys(s["network"] for s in sets if isinstance(s.get("network"), str)))
                 title = f"{e.record['cell']}: n = {e.n}" + (f", made with {made}" if made else "")
-                taken = any(str(s.get("path")).startswith(IN_ZOO) for s in sets)
-                told = (notes.number(ZOO_NOTE),) if taken else ()
+                told = tuple(notes.number(line) for line in dict.fromkeys(map(_origin, sets)) if line)
                 boxes.append(Box(text, small, published, mark[place], False, told, source, data(e), title))
         rows.append(_row(row, tag, boxes))
     return tuple(rows)
+
+
+def _origin(made: Mapping[str, Any]) -> str:
+    """What a reader has to know of where a set comes from; nothing of one that its benchmark has made."""
+    path = str(made.get("path"))
+    if path.startswith(IN_FILE):
+        return FILE_NOTE.format(path.removeprefix(IN_FILE))
+    if not path.startswith(IN_ZOO):
+        return ""
+    lies = names().get(path.removeprefix(IN_ZOO))
+    now = record_of(lies) if lies is not None else {}
+    if not now:
+        return ZOO_NOTE
+    if now["set"]["sha256"] != made["sha256"]:
+        return FORMER_NOTE.format(made.get("steps"))
+    asks = MADE_FOR.format(*(now["recipe"][k] for k in ("student", "protocol")))
+    return ZOO_NOTE + asks + (WHITENED if now["choices"].get("transform") == "zca" else "")
 
 
 def _is_first(e: Entry) -> bool:

@@ -82,7 +82,8 @@ class Entry:
     @property
     def minutes(self) -> float | None:
         """Minutes that it took to make a set; the mean over the cell's sets."""
-        return _mean_of(self.record.get("sets") or [], lambda s: s["seconds"] / 60)
+        known = [s for s in self.record.get("sets") or [] if s["seconds"] is not None]  # a file does not say it
+        return _mean_of(known, lambda s: s["seconds"] / 60)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _check(record: Any, file: Path) -> None:
                 raise KeyError("results")
             fmean(result["accuracies"])
         for made in record.get("sets") or []:
-            fmean(made[w] for w in ("seconds", "input_bytes", "label_bytes"))
+            fmean([made["seconds"] or 0, made["input_bytes"], made["label_bytes"]])
     except (KeyError, TypeError, ValueError) as error:
         raise PotstillError(f"{file} is a damaged record: {error.args[0] if error.args else error}") from error
 

@@ -12,6 +12,7 @@ ZOO = "POTSTILL_ZOO"
 NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,63}/){2}[1-9][0-9]{0,5}", re.ASCII)  # data/method/ipc: no way out of a folder
 SET = "set.safetensors"
 IN_ZOO = "zoo:"  # before a name in a record, where a path would stand
+IN_FILE = "file:"  # before the name of a file that a row brings
 HINT = f"`potstill list zoo` shows all, {ZOO} names folders of more; a path must be that of a folder with a {SET}, or of such a file"
 
 

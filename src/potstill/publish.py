@@ -12,6 +12,7 @@ from .errors import PotstillError
 from .gallery import cards
 from .layout import Table, cost_tables, csv_text, fair_table, figures, performance_table, transfer_table
 from .page import BASELINES, STATES, Cell, Entry, Group, Record, collect, cost, order, performance, transfer, wholes_of
+from .places import IN_FILE, IN_ZOO
 from .plots import COLOURS, MARKERS, Axis, Series, heat_map, line_plot
 from .records import write_whole
 
@@ -237,9 +238,11 @@ def _styles(methods: Sequence[str]) -> dict[str, tuple[int, int]]:
 
 
 def _title(methods: Sequence[str], data: Sequence[str]) -> str:
-    count = len([m for m in methods if m != "whole"])
+    count, simple = (len([m for m in methods if m != "whole" and (m in BASELINES) == b]) for b in (False, True))
     sets = data[0] if len(data) == 1 else f"{len(data)} data sets"
-    return f"{count} {'method' if count == 1 else 'methods'} of data set distillation on {sets}"
+    parts = [f"{count} {'method' if count == 1 else 'methods'} of data set distillation"] if count else []
+    parts += [f"{simple} {'selection' if simple == 1 else 'selections'} of real samples"] if simple else []
+    return f"{' and '.join(parts) or 'Whole training sets'} on {sets}"
 
 
 def _facts(cells: Sequence[Cell]) -> Iterable[tuple[str, str]]:
@@ -248,10 +251,13 @@ def _facts(cells: Sequence[Cell]) -> Iterable[tuple[str, str]]:
     yield "suite", ", ".join(dict.fromkeys(r["suite"] for r in records))
     states = [r["status"] for r in records]
     rest = [f"{states.count(s)} {word}" for s, word in STATES.items() if s in states]
-    yield "cells", ", ".join([f"{states.count('done')} of {len(states)} measured", *rest])
+    done = states.count("done")
+    yield "cells", ", ".join([f"{done} measured" if not rest else f"{done} of {len(states)} measured", *rest])
     seconds = sum(s for r in records if isinstance(s := r.get("seconds"), int | float))
     if seconds:
-        yield "time", f"{figures(seconds / 3600)} hours" if seconds >= 5400 else f"{figures(seconds / 60)} minutes"
+        took = f"{figures(seconds / 3600)} hours" if seconds >= 5400 else f"{figures(seconds / 60)} minutes"
+        there = any(str(s.get("path")).startswith((IN_ZOO, IN_FILE)) for r in records for s in r.get("sets") or [])
+        yield "time", took + (", without the making of sets that were there before" if there else "")
     software = [s for r in records if isinstance(s := r.get("software"), dict)]
     machines = [m for s in software if isinstance(m := s.get("machine"), dict)]
     named = dict.fromkeys(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,15 @@ class Row:
         network: What the sets are learned with; the recipe's own if empty.
         seeds: One set each.
         repeats: Fresh networks for each set.
-        baselines: Of `random` and `k-means`, judged beside the first set.
+        baselines: Of `random`, `k-means` and `random-soft` (random real samples with a teacher's labels, for sets with learned ones), judged
+            beside the first set.
         variants: `hard` (the set with hard labels) and `plain` (no augmentation), for the scores of fairness.
         experts: Name of a recording in the file.
         settings: Recipe fields to change.
         published: What a paper says; of several networks, for the first.
         name: In place of the method in the cell's name, where a method has several rows.
+        set: A set that is there, of this library's or another project's, by path; then `method` is what tables call it.
+        normalisation: What was done to its inputs, as for `potstill.evaluate`, where it is another project's.
     """
 
     method: str
@@ -80,6 +83,13 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
     published: Published | None = None
     name: str = ""
+    set: str = ""
+    normalisation: str = ""
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """Its fields by name; what rows could not say at first only where it is said, so that older records stay good."""
+        return {k: v for k, v in asdict(self).items() if v or k not in ("set", "normalisation")}
 
     @property
     def cell(self) -> str:
@@ -349,6 +359,7 @@ def _typed(value: Any, kind: str) -> Any:
 
 def faults(row: Row | CostRow, experts: Mapping[str, Recording]) -> list[str]:
     """What is wrong with a row although each field is of its type."""
+    from .foreign import located
     from .methods import METHODS, PRESETS
     from .recipe import change, find
     from .training import PROTOCOLS
@@ -368,7 +379,7 @@ def faults(row: Row | CostRow, experts: Mapping[str, Recording]) -> list[str]:
     check(row.ipc >= 1, f"ipc {row.ipc} is below 1")
     check(row.repeats >= 1, f"repeats {row.repeats} is below 1")
     among("preset", row.preset, PRESETS)
-    named = row.method == WHOLE and isinstance(row, Row)
+    named = isinstance(row, Row) and (row.method == WHOLE or bool(row.set))
     if not named and ":" not in row.method:
         among("method", row.method, [*METHODS, WHOLE] if isinstance(row, Row) else list(METHODS))
     if isinstance(row, CostRow):
@@ -382,9 +393,25 @@ def faults(row: Row | CostRow, experts: Mapping[str, Recording]) -> list[str]:
             len(set(row.seeds)) == len(row.seeds) and min(row.seeds) >= 0, "seeds are not different numbers from 0 up"
         )
         for name in row.baselines:
-            among("baseline", name, ("random", "k-means"))
+            among("baseline", name, ("random", "k-means", "random-soft"))
         for name in row.variants:
             among("variant", name, ("hard", "plain"))
+        if row.set:
+            own = [
+                n
+                for n in ("minutes", "steps", "preset", "network", "experts", "settings")
+                if getattr(row, n) != Row.__dataclass_fields__[n].default and getattr(row, n)
+            ]
+            check(not own, f"{', '.join(own)}: a set from a file is made already")
+            check(
+                len(row.seeds) == 1, f"{len(row.seeds)} seeds: a file holds one set, or one for each row (`#0`, `#1`)"
+            )
+            check(
+                re.fullmatch(r"\w[\w.-]*", row.method) is not None and row.method not in METHODS,
+                f"method {row.method!r}: what the set is called in tables is needed, and no method's name",
+            )
+            check(located(row.set)[0].exists(), f"no set at {row.set}")
+        check(bool(row.set) or not row.normalisation, "normalisation is for a set from another project's file")
         if row.experts:
             among("recording [experts]", row.experts, list(experts))
         check(not (row.minutes and row.steps), "minutes and steps exclude each other")

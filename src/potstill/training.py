@@ -324,7 +324,7 @@ class Scorer:
         """The score on raw inputs (N, *shape), in batches of one static size."""
         batch = min(self.net.rows or 500, 500, len(inputs))
         parts = []
-        with torch.no_grad():
+        with torch.inference_mode():
             for start in range(0, len(inputs), batch):
                 at = torch.arange(start, start + batch).clamp(max=len(inputs) - 1)  # the last batch repeats its end
                 logits = self._logits(state, prepare(inputs[at]).to(self.device))
