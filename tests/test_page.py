@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy import stats
 
+from potstill.cards import record_of
 from potstill.cli import main
 from potstill.data import load_data
 from potstill.errors import PotstillError
@@ -29,6 +30,7 @@ from potstill.exchange import DistilledSet, describe_set
 from potstill.gallery import _evolution, cards, share
 from potstill.methods import METHODS
 from potstill.page import collect, performance, ranks
+from potstill.places import names
 from potstill.plots import Axis, Series, heat_map, line_plot
 from potstill.publish import publish
 
@@ -401,8 +403,19 @@ def test_sets_of_the_zoo_are_said_to_be(tmp_path: Path) -> None:
     taken = cell("dm", row={"network": "convnet-w8"})
     taken["sets"][0] |= {"path": "zoo:digits/dm/1", "network": "convnet-w99"}
     page = written(tmp_path, [taken, cell("dc")])
-    assert page.count("a set of the zoo, at the length and settings on its card") == 1
+    assert page.count("a set of the zoo: its length and settings are those on its card") == 1
     assert "made with convnet-w99" in page and "convnet-w8" not in page
+
+
+def test_what_a_set_of_the_zoo_was_made_for_and_whether_it_is_still_there(tmp_path: Path) -> None:
+    """A whitened one says so; numbers of a set that the zoo has no more are told apart from those of its successor."""
+    now, before = cell("dd"), cell("mtt")
+    (lies,) = (place for name, place in names().items() if name == "cifar10-jpeg75/dd/1")
+    now["sets"][0] |= {"path": "zoo:cifar10-jpeg75/dd/1", "sha256": record_of(lies)["set"]["sha256"]}
+    before["sets"][0] |= {"path": "zoo:cifar10-jpeg75/dd/1", "sha256": "0" * 64, "steps": 77}
+    page = written(tmp_path, [now, before])
+    assert "made for convnet-w32 and protocol unrolled; whitened, and the baselines beside it too" in page
+    assert "a set that the zoo had before (77 steps); the one that it has now is another" in page
 
 
 def test_strangers_words_stay_words(tmp_path: Path) -> None:
