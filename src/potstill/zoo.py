@@ -228,6 +228,9 @@ def index(found: Sequence[Cell]) -> str:
     ]  # fmt: skip
     for name, *rest in rows(found)[1:]:
         body.append(f"| {' | '.join([f'[{name}]({name}/README.md)', *map(plain, rest)])} |")
+    whitened = [c.name for c in found if record_of(c.path).get("choices", {}).get("transform") == "zca"]
+    if whitened:
+        body += ["", f"**Whitened (ZCA):** {', '.join(map(plain, whitened))}. Their matrix is not here; `potstill evaluate` makes it again from the training data."]  # fmt: skip
     for data in dict.fromkeys(c.data for c in found):
         body += ["", f"**{plain(data)}.** {licence_of(data)[1]}"]
     return "\n".join([*body, ""])
