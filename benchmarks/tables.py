@@ -244,7 +244,7 @@ def precision_runs_table(record: Mapping[str, Any]) -> list[str]:
         exact, rough = (cell["accuracies"][form] for form in ("fp32", "bf16"))
         gain = [100 * (b - a) for a, b in zip(exact, rough, strict=True)]
         shown = [f"{100 * mean(a):.1f} ± {100 * pstdev(a):.1f}" for a in (exact, rough)]
-        body.append([cell["method"], cell["data"], cell["network"], str(cell["steps"]), *shown, f"{mean(gain):+.1f} ± {pstdev(gain):.1f}", f"{ttest_rel(rough, exact).pvalue:.2f}", str(len(exact))])  # fmt: skip
+        body.append([cell["method"], cell["data"], cell["network"], str(cell["steps"]), *shown, f"{mean(gain):+.1f} ± {pstdev(gain):.1f}", f"{ttest_rel(rough, exact).pvalue:.2f}" if any(gain) else "–", str(len(exact))])  # fmt: skip
     head = ("method", "data", "network", "steps", "fp32, %", "bf16, %", "bf16 less fp32, seed by seed", "p", "n")
     return rows_of(head, body)
 
