@@ -115,8 +115,10 @@ def plot(record: dict[str, Any], file: Path) -> None:
     axes[0, 0].set_ylabel("seconds a step")
     axes[1, 0].set_ylabel("MiB")
     shown = sorted(zip(*axes[0, 0].get_legend_handles_labels(), strict=True), key=lambda pair: pair[1] == "linear")
-    axes[0, 0].legend(*zip(*shown, strict=True), frameon=False, fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 0.91, 1))
+    figure.legend(
+        *zip(*shown, strict=True), frameon=False, fontsize=8, loc="center right"
+    )  # beside the curves, not on them
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
