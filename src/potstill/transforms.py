@@ -73,7 +73,7 @@ class Standardise:
         count = raw.numel() // raw.shape[1]
         if raw.dtype == torch.uint8:  # whole numbers: exact, and quicker
             sums, squares = torch.zeros(2, raw.shape[1], dtype=torch.int64)
-            for part in raw.split(rows):
+            for part in raw.split(max(1, rows // 8)):  # a byte becomes eight in between
                 sums += part.sum(axes, dtype=torch.int64)
                 squares += part.int().square_().sum(axes, dtype=torch.int64)
             pairs = [(s, q) for s, q in zip(sums.tolist(), squares.tolist(), strict=True)]
