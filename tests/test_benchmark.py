@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from potstill.errors import NoMemory, PotstillError, Unwritable
 from potstill.exchange import load
 from potstill.judge import Judge
 from potstill.records import digest
-from potstill.rows import CostRow, Suite, suites
+from potstill.rows import CostRow, Row, Suite, suites
 from potstill.testing import toy
 from potstill.training import PROTOCOLS
 
@@ -741,6 +743,12 @@ def test_anybodys_file_is_judged_beside_the_methods(root, tmp_path, short, capsy
         assert [s["path"] for s in record["sets"]] == [f"file:{file}"] and record["sets"][0]["seconds"] is None
     assert {r["role"] for r in found["performance/toy/mine/1"]["results"]} == {"set", "random"}
     assert bench.run(bench.plan()) == {"kept": 2}
+    assert str(tmp_path) not in json.dumps(found)  # no path of this machine
+    (tmp_path / "moved").mkdir()
+    stranger = stranger.rename(tmp_path / "moved" / stranger.name)
+    theirs = theirs.replace(str(tmp_path), str(tmp_path / "moved"))
+    bench = bench_of(tmp_path, HEAD + ours + theirs)
+    assert bench.run(bench.plan()) == {"kept": 2}  # where a file lies is no part of what it is
     np.savez(stranger, x=-run.set.inputs.numpy(), y=run.set.labels.numpy())
     assert bench.run(bench.plan()) == {"kept": 1, "done": 1}
     changed = records(tmp_path)["performance/toy/theirs/1"]["results"]
@@ -753,10 +761,17 @@ def test_anybodys_file_is_judged_beside_the_methods(root, tmp_path, short, capsy
 def test_a_file_that_does_not_fit_its_row_is_told_before_or_recorded(root, tmp_path, short):
     common = 'data = "toy"\nnetworks = ["convnet-w4"]\nprotocol = "dc"\nrepeats = 1\n'
     place = tmp_path / "ours"
-    distill(toy(), "random", ipc=2, out=place, evaluate=False)
+    own = distill(toy(), "random", ipc=2, out=place, evaluate=False).set
+    np.savez(tmp_path / "a.npz", x=own.inputs.numpy(), y=own.labels.numpy())
     for more, words in (
         (f'method = "mine"\nipc = 2\nset = "{tmp_path / "none"}"\n', f"no set at {tmp_path / 'none'}"),
         (f'method = "dm"\nipc = 2\nset = "{place}"\n', "method 'dm': what the set is called in tables is needed"),
+        (f'method = "whole"\nipc = 2\nset = "{place}"\n', "method 'whole': what the set is called in tables is needed"),
+        (f'method = "mine"\nipc = 2\nset = "{place}"\nnormalisation = "unit"\n', "normalisation is for a set from"),
+        (
+            f'method = "mine"\nipc = 2\nset = "{tmp_path / "a.npz"}"\nnormalisation = "wrong"\n',
+            "normalisation 'wrong' is",
+        ),
         (f'method = "mine"\nipc = 2\nset = "{place}"\nsteps = 4\n', "steps: a set from a file is made already"),
         (f'method = "mine"\nipc = 2\nset = "{place}"\nseeds = [0, 1]\n', "2 seeds: a file holds one set"),
         (
@@ -766,8 +781,62 @@ def test_a_file_that_does_not_fit_its_row_is_told_before_or_recorded(root, tmp_p
     ):
         with pytest.raises(PotstillError, match=re.escape(words)):
             bench_of(tmp_path, f"{HEAD}[[row]]\n{more}{common}")
+    stranger = bench_of(tmp_path, f'{HEAD}[[row]]\nmethod = "mine"\nipc = 1\nset = "{tmp_path / "a.npz"}"\n{common}')
+    assert stranger.run(stranger.plan()) == {"failed": 1}
+    told = records(tmp_path)["performance/toy/mine/1"]["reason"]
+    assert "normalisation is needed" in told and "--normalisation" not in told
     bench = bench_of(tmp_path, f'{HEAD}[[row]]\nmethod = "mine"\nipc = 1\nset = "{place}"\n{common}')
     assert bench.run(bench.plan()) == {"failed": 1}
     classes = toy().task.classes
     reason = records(tmp_path)["performance/toy/mine/1"]["reason"]
     assert reason.endswith(f"has {2 * classes} images, not 1 of each of {classes} classes")
+
+
+def test_baselines_of_a_file_with_learned_labels_are_as_many_of_each_class(root, tmp_path, short):
+    """Whichever label is largest: random samples of some classes alone would make any set look good."""
+    classes, shape = toy().task.classes, toy().shape
+    soft = np.full((classes, classes), 0.5 / (classes - 1), np.float32)
+    soft[:, 0] = 0.5
+    np.savez(tmp_path / "soft.npz", x=np.random.default_rng(0).normal(size=(classes, *shape)).astype("f4"), y=soft)
+    row = f'[[row]]\nmethod = "soft"\nset = "{tmp_path / "soft.npz"}"\nnormalisation = "standardise"\nbaselines = ["random"]\n'
+    row += 'data = "toy"\nipc = 1\nnetworks = ["convnet-w4"]\nprotocol = "dc"\nrepeats = 1\n'
+    bench = bench_of(tmp_path, HEAD + row)
+    assert bench.run(bench.plan()) == {"done": 1}, records(tmp_path)["performance/toy/soft/1"]["reason"]
+    results = records(tmp_path)["performance/toy/soft/1"]["results"]
+    assert [r["ipc"] for r in results if r["role"] == "random"] == [1]
+    uneven = soft.argmax(1)
+    uneven[1:] = 1
+    np.savez(tmp_path / "soft.npz", x=np.zeros((classes, *shape), np.float32), y=uneven)
+    assert bench.run(bench.plan()) == {"failed": 1}
+    assert "not 1 of each" in records(tmp_path)["performance/toy/soft/1"]["reason"]
+
+
+def test_all_that_is_read_for_a_file_and_nothing_else_makes_its_hash(tmp_path):
+    folder = tmp_path / "mtt"
+    folder.mkdir()
+    for name in ("images_best.pt", "labels_best.pt", "images_9.pt", "log.txt"):
+        (folder / name).write_bytes(name.encode())
+    whole = cells_module.sha256_of(str(folder))
+    assert (
+        whole
+        == hashlib.sha256(b"images_best.ptlabels_best.pt").hexdigest()
+        == cells_module.sha256_of(str(folder / "labels_best.pt"))
+    )
+    (folder / "images_9.pt").write_bytes(b"x")
+    assert cells_module.sha256_of(str(folder)) == whole
+    (folder / "labels_best.pt").write_bytes(b"x")
+    assert cells_module.sha256_of(str(folder)) != whole and cells_module.sha256_of(str(tmp_path / "none.npz")) == ""
+
+
+def test_a_soft_baseline_counts_its_teacher(root, tmp_path, monkeypatch):
+    row = {
+        "method": "random-soft",
+        "data": "toy",
+        "ipc": 1,
+        "networks": ("convnet-w4",),
+        "protocol": "dc",
+        "repeats": 1,
+    }
+    monkeypatch.setattr(cells_module, "School", lambda *a: SimpleNamespace(seconds=lambda name: 600.0))
+    few, more = (cells_module.minutes(Row(**row, baselines=b), toy()) for b in (("random",), ("random-soft",)))
+    assert few + 10 <= more < few + 11

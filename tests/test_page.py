@@ -22,17 +22,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy import stats
 
-from potstill.cards import record_of
 from potstill.cli import main
 from potstill.data import load_data
+from potstill.distilling import distill
 from potstill.errors import PotstillError
 from potstill.exchange import DistilledSet, describe_set
 from potstill.gallery import _evolution, cards, share
 from potstill.methods import METHODS
 from potstill.page import collect, performance, ranks
-from potstill.places import names
 from potstill.plots import Axis, Series, heat_map, line_plot
 from potstill.publish import publish
+from potstill.records import write_sealed
+from potstill.testing import toy
 
 PLANTED = "<script>alert(1)</script>"
 SOFTWARE = {
@@ -407,15 +408,26 @@ def test_sets_of_the_zoo_are_said_to_be(tmp_path: Path) -> None:
     assert "made with convnet-w99" in page and "convnet-w8" not in page
 
 
-def test_what_a_set_of_the_zoo_was_made_for_and_whether_it_is_still_there(tmp_path: Path) -> None:
-    """A whitened one says so; numbers of a set that the zoo has no more are told apart from those of its successor."""
-    now, before = cell("dd"), cell("mtt")
-    (lies,) = (place for name, place in names().items() if name == "cifar10-jpeg75/dd/1")
-    now["sets"][0] |= {"path": "zoo:cifar10-jpeg75/dd/1", "sha256": record_of(lies)["set"]["sha256"]}
-    before["sets"][0] |= {"path": "zoo:cifar10-jpeg75/dd/1", "sha256": "0" * 64, "steps": 77}
-    page = written(tmp_path, [now, before])
-    assert "made for convnet-w32 and protocol unrolled; whitened, and the baselines beside it too" in page
-    assert "a set that the zoo had before (77 steps); the one that it has now is another" in page
+def test_what_a_set_of_the_zoo_was_made_for_and_whether_it_is_still_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whitened one says so; numbers of a set that the zoo has no more are told apart from those of its successor, and no
+    pictures of that stand beside them."""
+    run = distill(toy(), "random", ipc=1, out=tmp_path / "zoo" / "toy" / "random" / "1", evaluate=False)
+    monkeypatch.setenv("POTSTILL_ZOO", str(tmp_path / "zoo"))
+    now, before, told = cell("dd"), cell("mtt"), cell("dm")
+    for made in (now, before, told):
+        made["sets"][0] |= {"path": "zoo:toy/random/1", "sha256": run.record["set"]["sha256"]}
+    before["sets"][0] |= {"sha256": "0" * 64, "steps": 77}
+    told["sets"][0] |= {"sha256": "1" * 64, "student": "convnet-w7", "protocol": "unrolled", "transform": "zca"}
+    page = written(tmp_path, [now, before, told])
+    assert "on its card; made for {student} and protocol {protocol}".format(**run.record["recipe"]) in page
+    assert "a set of a zoo (77 steps); the one that is there now is another" in page
+    assert "another; made for convnet-w7 and protocol unrolled; whitened, and the baselines beside it too" in page
+    assert page.count('class="card"') == 1
+    record = tmp_path / "zoo" / "toy" / "random" / "1" / "record.json"
+    write_sealed(record, {k: v for k, v in run.record.items() if k not in ("choices", "checksum")})
+    assert "on its card" in written(tmp_path, [now])  # somebody's zoo may say less
 
 
 def test_strangers_words_stay_words(tmp_path: Path) -> None:

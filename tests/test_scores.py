@@ -70,6 +70,12 @@ def test_a_set_with_learned_labels_is_held_against_random_samples_with_a_teacher
     ]
     assert scores.gain({"results": rows}) == pytest.approx(0.1)
     assert scores.gain({"results": rows[:2]}) == pytest.approx(0.2)
+    plain = [result("set", "plain", [0.7], labels="soft"), result("random", "plain", [0.5])]
+    assert scores.augmentation_robust({"results": [*rows, *plain]}) is None  # no number of two baselines
+    plain.append(result("random-soft", "plain", [0.68]))
+    x = 0.5 * 0.1 + 0.5 * 0.02
+    wanted = (math.exp(x) - math.exp(-1)) / (math.e - math.exp(-1))
+    assert scores.augmentation_robust({"results": [*rows, *plain]}) == pytest.approx(wanted)
 
 
 def test_p_where_one_of_two_has_no_spread() -> None:

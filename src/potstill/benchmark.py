@@ -26,6 +26,7 @@ from .compiling import PRECISIONS, check_device, choose_compile, keep_memory
 from .costs import TIME, in_own_process
 from .errors import NoMemory, PotstillError, Stopped, unknown
 from .faults import out_of_memory
+from .foreign import located
 from .judge import protocol_of
 from .records import digest, read_json, software, sweep, write_json, write_sealed
 from .rows import CostRow, Row, Suite
@@ -146,6 +147,8 @@ class Benchmark:
         except PotstillError as error:
             return Cell(suite, row, 0.0, "", ABSENT, reason(error))
         plain = row.plain if isinstance(row, Row) else asdict(row)
+        if isinstance(row, Row) and row.set:  # where a file lies is no part of what it is
+            plain["set"] = located(row.set)[1]
         parts: list[Any] = [
             suite.table,
             {k: v for k, v in plain.items() if k not in ("published", *ADDED)},
@@ -295,7 +298,9 @@ class Benchmark:
             "method": row.method,
             "data": placeless(self.bench.exchange.get(row.data, row.data)),
             "ipc": row.ipc,
-            "row": {k: v for k, v in asdict(row).items() if v not in ("", (), {}, None)},
+            "row": {
+                k: Path(v).name if k == "set" else v for k, v in asdict(row).items() if v not in ("", (), {}, None)
+            },
             "command": self._command(cell),
             "seconds": 0.0,
             "software": software(self.bench.device),

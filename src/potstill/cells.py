@@ -21,15 +21,17 @@ from .errors import PotstillError, Unwritable
 from .evaluation import check_fit
 from .exchange import DistilledSet, load
 from .experts import record as record_experts
-from .foreign import is_foreign, located
+from .foreign import files as foreign_files
+from .foreign import is_foreign
 from .foreign import read as read_foreign
-from .judge import Judge, Result, meeting, protocol_of
+from .judge import HOLDOUT, Judge, Result, meeting, protocol_of
 from .networks import network as build_network
 from .objectives import ByGroup
 from .recipe import find
 from .records import digest, read_json, write_sealed
 from .rows import WHOLE, CostRow, Recording, Row, Suite
 from .students import fit_of, is_kernel
+from .teacher import School, seconds_of_labels
 from .training import Trainer
 from .transforms import describe
 
@@ -60,6 +62,9 @@ def minutes(row: Row | CostRow, data: Data, there: int = 0) -> float:
         more = len(row.baselines) + ("hard" in row.variants) + 2 * ("plain" in row.variants)
         one = max(trainer.flops(images) / EAGER_FLOPS, CALL * trainer.steps(images) / trainer.together(images))
         seconds += one * row.repeats * (len(row.seeds) + more)
+        if "random-soft" in row.baselines:
+            seen = data.hold_out(HOLDOUT)
+            seconds += School(seen, 0).seconds(name) + seconds_of_labels(seen, name, images)
     if row.steps and row.method != WHOLE:
         recipe = find(row.method, row.preset, row.ipc)
         objective, work = recipe.objective, 0.0
@@ -144,6 +149,8 @@ def _ways(
         bare = replace(judge, protocol=replace(judge.protocol, augment=Augment(), own=False))
         yield "set", "plain", lambda: bare.set(set_, row.method, name)
         yield "random", "plain", _shared(bench, bare, "random", set_, name)
+        if "random-soft" in row.baselines:
+            yield "random-soft", "plain", _shared(bench, bare, "random-soft", set_, name)
 
 
 def _shared(bench: Bench, judge: Judge, role: str, set_: DistilledSet, name: str) -> Callable[[], Result | None]:
@@ -200,7 +207,7 @@ def made(bench: Bench, suite: Suite, row: Row, record: Record, seed: int, data: 
     recording = suite.experts[row.experts] if row.experts else None
     place = f"runs/{suite.table}/{row.cell}/seed{seed}-{making(row, recording, data)}"
     folder = bench.out / place
-    if any((e["seed"], e["path"], e["sha256"]) == (seed, place, _sha256(folder)) for e in record["sets"]):
+    if any((e["seed"], e["path"], e["sha256"]) == (seed, place, places.sha256(folder)) for e in record["sets"]):
         return load(folder)
     coreset = find(row.method, row.preset, row.ipc).objective is None
     options: dict[str, Any] = {"ipc": row.ipc, "preset": row.preset, "settings": dict(row.settings), "seed": seed,
@@ -231,13 +238,23 @@ def _brought(row: Row, record: Record, seed: int, data: Data) -> DistilledSet:
     Raises:
         PotstillError: It is not for these data, is no single set, or has another number of images per class.
     """
-    several = read_foreign(row.set, data, row.normalisation or None) if is_foreign(row.set) else [load(row.set)]
+    stranger = is_foreign(row.set)
+    try:
+        several = read_foreign(row.set, data, row.normalisation or None) if stranger else [load(row.set)]
+    except PotstillError as error:
+        raise PotstillError(str(error).replace("--normalisation", "normalisation")) from error  # a row has no options
     if len(several) > 1:
         raise PotstillError(f"{row.set} holds {len(several)} sets: {row.set}#0 is the first of them")
     (set_,) = several
     check_fit(set_, data)
-    if len(set_) != row.ipc * data.task.classes:
-        raise PotstillError(f"{row.set} has {len(set_)} images, not {row.ipc} of each of {data.task.classes} classes")
+    classes = data.task.classes
+    if len(set_) != row.ipc * classes:
+        raise PotstillError(f"{row.set} has {len(set_)} images, not {row.ipc} of each of {classes} classes")
+    if stranger and set_.meta.labels != "hard":  # no sample belongs to a class: the largest label may leave one out
+        meta = replace(set_.meta, ipc=[row.ipc] * classes)
+        set_ = DistilledSet(set_.inputs, set_.labels, meta, set_.lr, set_.matrix)
+    if any(count != row.ipc for count in set_.meta.ipc):
+        raise PotstillError(f"{row.set} has {set_.meta.ipc} images of the {classes} classes, not {row.ipc} of each")
     known = {"sha256": sha256_of(row.set)}
     about = {
         "seed": seed,
@@ -251,24 +268,23 @@ def _brought(row: Row, record: Record, seed: int, data: Data) -> DistilledSet:
 
 
 def sha256_of(name: str) -> str:
-    """That of what a set's path stands for: its file, or all files of its folder; nothing where none is."""
-    found, _ = located(name)
-    files = sorted(f for f in found.iterdir() if f.is_file()) if found.is_dir() else [found]
-    own = [f for f in files if f.name == places.SET] or files
-    parts = [f.read_bytes() for f in own if f.is_file()]
-    return hashlib.sha256(b"".join(parts)).hexdigest() if parts else ""
+    """That of the files that are read for a set's path, one after the other; nothing where one cannot be read."""
+    place = Path(name)
+    own = foreign_files(name) if is_foreign(name) else [place / places.SET if place.is_dir() else place]
+    total = hashlib.sha256()
+    try:
+        for file in own:
+            with file.open("rb") as handle:
+                hashlib.file_digest(handle, lambda: total)
+    except OSError:
+        return ""  # the cell says why when it comes to reading it
+    return total.hexdigest()
 
 
 def making(row: Row, recording: Recording | None, data: Data) -> str:
     """Digest of all that a row's sets depend on: another one, another folder. How sets are judged is no part of it."""
     names = ("method", "ipc", "minutes", "steps", "preset", "network", "settings")
     return digest([{n: asdict(row)[n] for n in names}, asdict(recording) if recording else None, data.fingerprint])
-
-
-def _sha256(folder: Path) -> str:
-    """That of the set in a folder; nothing where none is."""
-    file = folder / places.SET
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _enter(record: Record, seed: int, place: str, run: Record, set_: DistilledSet) -> None:
@@ -278,6 +294,9 @@ def _enter(record: Record, seed: int, place: str, run: Record, set_: DistilledSe
         "path": place,
         "sha256": run["set"]["sha256"],
         "network": run["recipe"]["network"],
+        "student": run["recipe"]["student"],
+        "protocol": run["recipe"]["protocol"],
+        "transform": run["choices"].get("transform", ""),
         "steps": run["steps"],
         "seconds": round(sum(v for k, v in run["cost"]["phases"].items() if k != "evaluation"), 3),
         "peak_bytes": run["cost"]["peak_bytes"],
@@ -290,7 +309,9 @@ def _enter(record: Record, seed: int, place: str, run: Record, set_: DistilledSe
 def _replace(record: Record, entry: Record) -> None:
     """The entry of a seed's set, in place of an earlier one; if it is another set, its numbers go."""
     same = any(all(e[k] == entry[k] for k in ("seed", "path", "sha256")) for e in record["sets"])
-    record["sets"] = [e for e in record["sets"] if e["seed"] != entry["seed"]] + [entry]
+    seeds = [e["seed"] for e in record["sets"]]
+    at = seeds.index(entry["seed"]) if entry["seed"] in seeds else len(seeds)
+    record["sets"][at : at + 1] = [entry]
     if not same:
         record["results"][:] = [r for r in record["results"] if r["seed"] != entry["seed"]]
 

@@ -24,6 +24,7 @@ from .strict import check_arrays
 
 PROTOCOL = "dsa"  # what a set is judged by that asks for nothing
 SUFFIXES = (".pt", ".pth", ".npz")
+BEST = "images_best.pt"  # of a folder of MTT's
 INPUTS, LABELS = ("x_train", "images", "x", "data"), ("y_train", "labels", "y")  # what arrays of a .npz are called
 ASK = (
     "--normalisation is needed: what was done to its pixels. `standardise` (the data's own mean and standard deviation), `unit` "
@@ -61,11 +62,10 @@ def read(path: str | Path, data: Data, normalisation: str | None = None) -> list
     """
     file, at = located(path)
     if file.is_dir():
-        best = file / "images_best.pt"
-        if not best.is_file():
+        if not (file / BEST).is_file():
             there = ", ".join(sorted(p.name for p in file.glob("images_*.pt"))[:4])
-            raise PotstillError(f"{file} has no images_best.pt; name one of its files: {there}")
-        file = best
+            raise PotstillError(f"{file} has no {BEST}; name one of its files: {there}")
+        file = file / BEST
     if not file.is_file():
         raise PotstillError(f"no set at {file}")
     lr, own = None, None
@@ -87,23 +87,43 @@ def read(path: str | Path, data: Data, normalisation: str | None = None) -> list
     return [_made(file, x, y, data, transform, stated == "unit", lr) for x, y in chosen]
 
 
+def files(path: str | Path) -> list[Path]:
+    """The files that `read` opens for a path, whether they are there or not."""
+    file, _ = located(path)
+    file = file / BEST if file.is_dir() else file
+    pair = _pair(file)
+    return list(pair) if pair and all(f.is_file() for f in pair) else [file]
+
+
 def located(path: str | Path) -> tuple[Path, int | None]:
     """A file and the number of a set in it; a file whose name ends in `#2` comes first."""
     found = re.fullmatch(r"(.+\.pth?)#([0-9]{1,9})", str(path), re.DOTALL)
     return (Path(found[1]), int(found[2])) if found and not os.path.exists(path) else (Path(path), None)
 
 
-def _transform(text: str, data: Data) -> Standardise:
-    """What `--normalisation` says."""
+def stated_numbers(text: str) -> tuple[list[float], list[float]] | None:
+    """Means and deviations that a normalisation gives; nothing for one that has a name.
+
+    Raises:
+        PotstillError: It is neither.
+    """
     if text in ("standardise", "unit"):
-        return Standardise.of(data.train.inputs, data.scale)
-    channels = data.shape[0]
+        return None
     try:
         mean, std = ([float(v) for v in part.split(",")] for part in text.split("/"))
     except ValueError:
         raise PotstillError(
             f"--normalisation '{text}' is not standardise, unit, or MEAN/STD such as 0.2861/0.3530"
         ) from None
+    return mean, std
+
+
+def _transform(text: str, data: Data) -> Standardise:
+    """What `--normalisation` says."""
+    numbers = stated_numbers(text)
+    if numbers is None:
+        return Standardise.of(data.train.inputs, data.scale)
+    channels, (mean, std) = data.shape[0], numbers
     mean, std = (v * channels if len(v) == 1 else v for v in (mean, std))
     if (len(mean), len(std)) != (channels, channels):
         raise PotstillError(
@@ -216,16 +236,25 @@ def _npz(file: Path) -> tuple[list[tuple[Any, Any]], Tensor | None, str | None]:
     return [(arrays[x], arrays[y])], lr, own
 
 
+def _pair(file: Path) -> tuple[Path, Path] | None:
+    """Images and labels that lie in a file each, by the name of one of them; nothing for another name."""
+    head, _, tail = file.name.partition("_")
+    if head not in ("images", "labels") or not tail or file.suffix not in (".pt", ".pth"):
+        return None
+    images, labels = (file.with_name(f"{kind}_{tail}") for kind in ("images", "labels"))
+    return images, labels
+
+
 def _pt(file: Path) -> list[tuple[Any, Any]]:
     """Pairs of images and labels in a `.pt`."""
     held = _unpickled(file)
     if isinstance(held, Tensor):
-        head, _, tail = file.name.partition("_")
-        if head not in ("images", "labels") or not tail:
+        pair = _pair(file)
+        if pair is None:
             raise PotstillError(
                 f"{file} holds one tensor; a file images_NAME.pt with labels_NAME.pt beside it is needed"
             )
-        images, labels = (file.with_name(f"{kind}_{tail}") for kind in ("images", "labels"))
+        images, labels = pair
         if not images.is_file() or not labels.is_file():
             raise PotstillError(f"{file} needs {(labels if images.is_file() else images).name} beside it")
         return [(_unpickled(images), _unpickled(labels))]

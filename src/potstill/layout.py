@@ -18,7 +18,7 @@ ZOO_NOTE = "a set of the zoo: its length and settings are those on its card"
 MADE_FOR = "; made for {} and protocol {}"
 WHITENED = "; whitened, and the baselines beside it too"
 FILE_NOTE = "a set from a file, made elsewhere: {}"
-FORMER_NOTE = "a set that the zoo had before ({} steps); the one that it has now is another"
+FORMER_NOTE = "a set of a zoo ({} steps); the one that is there now is another"
 
 
 @dataclass(frozen=True)
@@ -327,12 +327,12 @@ def _origin(made: Mapping[str, Any]) -> str:
         return ""
     lies = names().get(path.removeprefix(IN_ZOO))
     now = record_of(lies) if lies is not None else {}
-    if not now:
-        return ZOO_NOTE
-    if now["set"]["sha256"] != made["sha256"]:
-        return FORMER_NOTE.format(made.get("steps"))
-    asks = MADE_FOR.format(*(now["recipe"][k] for k in ("student", "protocol")))
-    return ZOO_NOTE + asks + (WHITENED if now["choices"].get("transform") == "zca" else "")
+    same = bool(now) and now["set"]["sha256"] == made.get("sha256")
+    about = made if "student" in made else {**now.get("recipe", {}), **now.get("choices", {})} if same else {}
+    note = ZOO_NOTE if same or not now else FORMER_NOTE.format(made.get("steps"))
+    if about.get("student") and about.get("protocol"):
+        note += MADE_FOR.format(about["student"], about["protocol"])
+    return note + (WHITENED if about.get("transform") == "zca" else "")
 
 
 def _is_first(e: Entry) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -56,6 +57,12 @@ def inside(folder: Path) -> dict[str, Path]:
         raise PotstillError(f"no folder {folder}")
     found = {file.parent.relative_to(folder).as_posix(): file.parent for file in folder.glob(f"*/*/*/{SET}")}
     return {name: found[name] for name in sorted(filter(NAME.fullmatch, found), key=_order)}
+
+
+def sha256(folder: Path) -> str:
+    """That of the set in a folder; nothing where none is."""
+    file = folder / SET
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def names() -> dict[str, Path]:

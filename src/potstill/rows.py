@@ -359,7 +359,7 @@ def _typed(value: Any, kind: str) -> Any:
 
 def faults(row: Row | CostRow, experts: Mapping[str, Recording]) -> list[str]:
     """What is wrong with a row although each field is of its type."""
-    from .foreign import located
+    from .foreign import is_foreign, located, stated_numbers
     from .methods import METHODS, PRESETS
     from .recipe import change, find
     from .training import PROTOCOLS
@@ -407,12 +407,17 @@ def faults(row: Row | CostRow, experts: Mapping[str, Recording]) -> list[str]:
                 len(row.seeds) == 1, f"{len(row.seeds)} seeds: a file holds one set, or one for each row (`#0`, `#1`)"
             )
             check(
-                re.fullmatch(r"\w[\w.-]*", row.method) is not None and row.method not in METHODS,
+                re.fullmatch(r"\w[\w.-]*", row.method) is not None and row.method not in (*METHODS, WHOLE),
                 f"method {row.method!r}: what the set is called in tables is needed, and no method's name",
             )
             check(located(row.set)[0].exists(), f"no set at {row.set}")
-        check(bool(row.set) or not row.normalisation, "normalisation is for a set from another project's file")
-        if row.experts:
+        stranger = bool(row.set) and is_foreign(row.set)
+        check(stranger or not row.normalisation, "normalisation is for a set from another project's file")
+        try:
+            stated_numbers(row.normalisation or "unit")
+        except PotstillError as error:
+            lines.append(str(error).removeprefix("--"))
+        if row.experts and not row.set:
             among("recording [experts]", row.experts, list(experts))
         check(not (row.minutes and row.steps), "minutes and steps exclude each other")
         check(row.minutes >= 0 and row.steps >= 0, "minutes or steps below 0")

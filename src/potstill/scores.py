@@ -43,8 +43,10 @@ def _difference(cell: Cell, variant: str, network: str | None) -> float | None:
     """
     own = accuracies(cell, "set", variant, network)
     learned = variant != "hard" and any(r["role"] == "set" and r["labels"] != "hard" for r in cell.get("results", ()))
-    chance = accuracies(cell, "random-soft", variant, network) if learned else []
-    chance = chance or accuracies(cell, "random", variant, network)
+    soft = learned and bool(
+        accuracies(cell, "random-soft", "own", network)
+    )  # the same for each variant, or one number mixes two
+    chance = accuracies(cell, "random-soft" if soft else "random", variant, network)
     return fmean(own) - fmean(chance) if own and chance else None
 
 
