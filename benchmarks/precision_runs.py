@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist,digits")
     parser.add_argument("--methods", default=f"dm,frepo,dsa,dc,dd,mtt,{EVALUATION}")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--network", default="convnet-w32")
+    parser.add_argument("--network", default="convnet-w32", help="of all but frepo, which has its preset's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="measure also what is in the file")
     add_arguments(parser, "precision_runs")

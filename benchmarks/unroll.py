@@ -120,7 +120,7 @@ def main() -> None:
 
     rows = [alone(way) for way in WAYS]
     apart = {} if args.no_difference else alone("difference")
-    print(f"{args.network}, {args.images} images of {args.shape}, {args.steps} steps, {args.threads} threads")
+    print(f"{args.network}, {args.images} images of {args.shape}, {args.steps} steps, {args.threads} threads{', the step of the adjoint compiled: what the compiler leaves in memory counts' if args.compile else ''}")
     print(f"{'':10}{'peak MiB':>10}{'estimated':>11}{'seconds':>10}")
     for row in rows:
         peak, guess = row["peak_bytes"] / 2**20, row["estimated_bytes"] / 2**20
