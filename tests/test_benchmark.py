@@ -789,7 +789,31 @@ def test_a_file_that_does_not_fit_its_row_is_told_before_or_recorded(root, tmp_p
     assert bench.run(bench.plan()) == {"failed": 1}
     classes = toy().task.classes
     reason = records(tmp_path)["performance/toy/mine/1"]["reason"]
-    assert reason.endswith(f"has {2 * classes} images, not 1 of each of {classes} classes")
+    assert reason == f"ours has {2 * classes} images, not 1 of each of {classes} classes"
+    assert str(tmp_path) not in told + reason  # a record has no path of this machine
+
+
+def test_a_set_that_is_entered_again_keeps_its_place(tmp_path):
+    """The first set of a cell is the one whose pictures are shown."""
+    sets = [{"seed": s, "path": f"runs/{s}", "sha256": "a"} for s in (3, 1, 2)]
+    record = {"sets": list(sets), "results": [{"seed": s} for s in (3, 1, 2)]}
+    cells_module._replace(record, dict(sets[0], images=4))
+    assert [e["seed"] for e in record["sets"]] == [3, 1, 2] == [r["seed"] for r in record["results"]]
+    cells_module._replace(record, dict(sets[1], sha256="b"))
+    assert [e["seed"] for e in record["sets"]] == [3, 1, 2] and [r["seed"] for r in record["results"]] == [3, 2]
+    cells_module._replace(record, dict(sets[0], seed=7))
+    assert [e["seed"] for e in record["sets"]] == [3, 1, 2, 7]
+
+
+def test_without_augmentation_a_set_has_the_baselines_that_it_has_with_it(root, tmp_path, short):
+    row = '[[row]]\nmethod = "kip"\ndata = "toy"\nipc = 1\nsteps = 4\nnetworks = ["convnet-w4"]\nprotocol = "dsa"\nrepeats = 1\n'
+    row += 'baselines = ["random", "random-soft"]\nvariants = ["plain"]\nsettings = { "objective.real" = 8 }\n'
+    bench = bench_of(tmp_path, HEAD + row)
+    assert bench.run(bench.plan()) == {"done": 1}
+    record = records(tmp_path)["performance/toy/kip/1"]
+    found = {(r["role"], r["variant"]) for r in record["results"]}
+    assert found == {(role, way) for role in ("set", "random", "random-soft") for way in ("own", "plain")}
+    assert scores.augmentation_robust(record) is not None
 
 
 def test_baselines_of_a_file_with_learned_labels_are_as_many_of_each_class(root, tmp_path, short):

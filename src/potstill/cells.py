@@ -22,7 +22,7 @@ from .evaluation import check_fit
 from .exchange import DistilledSet, load
 from .experts import record as record_experts
 from .foreign import files as foreign_files
-from .foreign import is_foreign
+from .foreign import is_foreign, located
 from .foreign import read as read_foreign
 from .judge import HOLDOUT, Judge, Result, meeting, protocol_of
 from .networks import network as build_network
@@ -238,11 +238,27 @@ def _brought(row: Row, record: Record, seed: int, data: Data) -> DistilledSet:
     Raises:
         PotstillError: It is not for these data, is no single set, or has another number of images per class.
     """
-    stranger = is_foreign(row.set)
     try:
-        several = read_foreign(row.set, data, row.normalisation or None) if stranger else [load(row.set)]
+        set_ = _read(row, data)
     except PotstillError as error:
-        raise PotstillError(str(error).replace("--normalisation", "normalisation")) from error  # a row has no options
+        place, _ = located(row.set)
+        line = str(error).replace(str(place), place.name)  # a record has no path of this machine,
+        raise PotstillError(line.replace("--normalisation", "normalisation")) from error  # and a row no options
+    about = {
+        "seed": seed,
+        "path": f"{places.IN_FILE}{Path(row.set).name}",
+        "sha256": sha256_of(row.set),
+        "steps": set_.meta.steps,
+        "seconds": None,
+    }
+    _replace(record, {**about, "images": len(set_), **set_.sizes})
+    return set_
+
+
+def _read(row: Row, data: Data) -> DistilledSet:
+    """The set that a row names, if it fits the row."""
+    stranger = is_foreign(row.set)
+    several = read_foreign(row.set, data, row.normalisation or None) if stranger else [load(row.set)]
     if len(several) > 1:
         raise PotstillError(f"{row.set} holds {len(several)} sets: {row.set}#0 is the first of them")
     (set_,) = several
@@ -255,15 +271,6 @@ def _brought(row: Row, record: Record, seed: int, data: Data) -> DistilledSet:
         set_ = DistilledSet(set_.inputs, set_.labels, meta, set_.lr, set_.matrix)
     if any(count != row.ipc for count in set_.meta.ipc):
         raise PotstillError(f"{row.set} has {set_.meta.ipc} images of the {classes} classes, not {row.ipc} of each")
-    known = {"sha256": sha256_of(row.set)}
-    about = {
-        "seed": seed,
-        "path": f"{places.IN_FILE}{Path(row.set).name}",
-        **known,
-        "steps": set_.meta.steps,
-        "seconds": None,
-    }
-    _replace(record, {**about, "images": len(set_), **set_.sizes})
     return set_
 
 

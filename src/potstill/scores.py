@@ -43,9 +43,8 @@ def _difference(cell: Cell, variant: str, network: str | None) -> float | None:
     """
     own = accuracies(cell, "set", variant, network)
     learned = variant != "hard" and any(r["role"] == "set" and r["labels"] != "hard" for r in cell.get("results", ()))
-    soft = learned and bool(
-        accuracies(cell, "random-soft", "own", network)
-    )  # the same for each variant, or one number mixes two
+    # the same baseline for each variant, or a score of two would mix them
+    soft = learned and bool(accuracies(cell, "random-soft", "own", network))
     chance = accuracies(cell, "random-soft" if soft else "random", variant, network)
     return fmean(own) - fmean(chance) if own and chance else None
 
