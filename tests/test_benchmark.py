@@ -29,7 +29,7 @@ from potstill.errors import NoMemory, PotstillError, Unwritable
 from potstill.exchange import load
 from potstill.judge import Judge
 from potstill.records import digest
-from potstill.rows import CostRow, Row, Suite, suites
+from potstill.rows import CostRow, Suite, suites
 from potstill.testing import toy
 from potstill.training import PROTOCOLS
 
@@ -852,15 +852,21 @@ def test_all_that_is_read_for_a_file_and_nothing_else_makes_its_hash(tmp_path):
     assert cells_module.sha256_of(str(folder)) != whole and cells_module.sha256_of(str(tmp_path / "none.npz")) == ""
 
 
-def test_a_soft_baseline_counts_its_teacher(root, tmp_path, monkeypatch):
-    row = {
-        "method": "random-soft",
-        "data": "toy",
-        "ipc": 1,
-        "networks": ("convnet-w4",),
-        "protocol": "dc",
-        "repeats": 1,
-    }
-    monkeypatch.setattr(cells_module, "School", lambda *a: SimpleNamespace(seconds=lambda name: 600.0))
-    few, more = (cells_module.minutes(Row(**row, baselines=b), toy()) for b in (("random",), ("random-soft",)))
-    assert few + 10 <= more < few + 11
+def test_a_teacher_is_counted_once_for_all_cells_that_share_it(root, tmp_path, monkeypatch):
+    soft = '[[row]]\nmethod = "random"\ndata = "toy"\nipc = {}\nnetworks = {}\nprotocol = "dc"\nrepeats = 1\nbaselines = {}\n'
+    rows = [
+        (1, '["convnet-w4"]', '["random"]'),
+        (2, '["convnet-w4"]', '["random-soft"]'),
+        (3, '["convnet-w4", "mlp-w4"]', '["random-soft"]'),
+        (4, '["mlp-w4"]', '["random-soft"]'),
+    ]
+    text = HEAD + "".join(soft.format(*row) for row in rows)
+    text += '[[row]]\nmethod = "random-soft"\ndata = "toy"\nipc = 5\nnetworks = ["convnet-w4"]\nprotocol = "dc"\nrepeats = 1\nsettings = { student = "mlp-w8" }\n'
+    trained = {"convnet-w4": 600.0, "mlp-w4": 1200.0, "mlp-w8": 2400.0}
+    monkeypatch.setattr(cells_module, "School", lambda *a: SimpleNamespace(seconds=trained.get))
+    work = bench_of(tmp_path, text)
+    assert [round(cell.minutes, -1) for cell in work.plan()] == [0, 10, 20, 0, 40]
+    # A cell that is left out trains no teacher for the next one.
+    planned = work.plan(budget=21)
+    assert [(round(c.minutes, -1), c.fate) for c in planned[1:4]] == [(10, "to do"), (20, "left out"), (20, "left out")]
+    assert round(work.again(work.suites[0], work.suites[0].rows[2]).minutes, -1) == 30

@@ -21,7 +21,7 @@ from filelock import Timeout
 
 from . import findings
 from .bench import Bench
-from .cells import ADDED, accuracy, asked, covered, in_zoo, minutes, sha256_of
+from .cells import ADDED, accuracy, asked, covered, in_zoo, lessons, minutes, sha256_of
 from .compiling import PRECISIONS, check_device, choose_compile, keep_memory
 from .costs import TIME, in_own_process
 from .errors import NoMemory, PotstillError, Stopped, unknown
@@ -43,10 +43,11 @@ class Cell:
     Args:
         suite: Its suite.
         row: The row.
-        minutes: Estimated.
+        minutes: Estimated, with the teachers that no cell before it trains.
         mark: Digest of all that its numbers depend on; nothing where its data are not there.
         fate: `to do`, `kept` (its record is there), `left out` (of the budget) or `absent`.
         reason: For people.
+        teachers: Those that it needs, by data and network.
     """
 
     suite: Suite
@@ -55,6 +56,7 @@ class Cell:
     mark: str
     fate: str
     reason: str = ""
+    teachers: frozenset[tuple[str, str]] = frozenset()
 
 
 Through = Callable[[Sequence[Cell]], Iterable[tuple[Cell, str]]]  # runs cells, and tells each one's fate as it ends
@@ -106,16 +108,19 @@ class Benchmark:
         for name in b.exchange:
             if name not in names:
                 raise unknown("data of a row", name, names)
-        cells, left = [], budget
+        cells: list[Cell] = []
+        left, taught = budget, frozenset[tuple[str, str]]()
         for suite in self.suites:
             for row in suite.rows:
                 if only is None or fnmatch.fnmatch(self.name(suite, row), only):
-                    cell = self._planned(suite, row)
+                    cell = self._planned(suite, row, taught)
                     if cell.fate == TODO and left is not None:
                         if cell.minutes > left:
                             cell = replace(cell, fate=LEFT, reason="beyond the budget")
                         else:
                             left -= cell.minutes
+                    if cell.fate == TODO:
+                        taught |= cell.teachers
                     cells.append(cell)
         return cells
 
@@ -141,7 +146,7 @@ class Benchmark:
         """What `--only` compares and the user reads."""
         return f"transfer/{row.cell}" if suite.table == "transfer" else row.cell
 
-    def _planned(self, suite: Suite, row: Row | CostRow) -> Cell:
+    def _planned(self, suite: Suite, row: Row | CostRow, taught: frozenset[tuple[str, str]] = frozenset()) -> Cell:
         try:
             data = self.bench.data(row.data)
         except PotstillError as error:
@@ -172,7 +177,9 @@ class Benchmark:
             int(lies is not None or bool(isinstance(row, Row) and row.set)), len(found.get("sets", ())) if found else 0
         )
         try:
-            cell = replace(cell, minutes=minutes(row, data, there))
+            teachers = lessons(row, data, b, there)
+            more = sum(m for teacher, m in teachers.items() if teacher not in taught)
+            cell = replace(cell, minutes=minutes(row, data, there) + more, teachers=frozenset(teachers))
         except PotstillError as error:
             return replace(cell, reason=reason(error))
         return replace(cell, fate=KEPT) if self._settled(found, row) else cell

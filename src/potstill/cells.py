@@ -43,6 +43,8 @@ CALL = 4e-3  # seconds that a training step of the smallest network takes, for e
 def minutes(row: Row | CostRow, data: Data, there: int = 0) -> float:
     """An estimate of a cell's minutes, from the row's own budget and counted operations of training networks.
 
+    Teachers come on top (`lessons`), once for all cells that share them.
+
     Args:
         row: The row.
         data: Its data.
@@ -64,7 +66,7 @@ def minutes(row: Row | CostRow, data: Data, there: int = 0) -> float:
         seconds += one * row.repeats * (len(row.seeds) + more)
         if "random-soft" in row.baselines:
             seen = data.hold_out(HOLDOUT)
-            seconds += School(seen, 0).seconds(name) + seconds_of_labels(seen, name, images)
+            seconds += seconds_of_labels(seen, name, images)
     if row.steps and row.method != WHOLE:
         recipe = find(row.method, row.preset, row.ipc)
         objective, work = recipe.objective, 0.0
@@ -75,6 +77,24 @@ def minutes(row: Row | CostRow, data: Data, there: int = 0) -> float:
             work = 3 * sample_flops(net) * (real * groups + images)
         seconds += max(work / EAGER_FLOPS, 10 * CALL) * row.steps * sets
     return row.minutes * sets + seconds / 60
+
+
+def lessons(row: Row | CostRow, data: Data, bench: Bench, there: int = 0) -> dict[tuple[str, str], float]:
+    """The teachers whose labels a cell needs, by data and network: minutes to train each, none where it is kept.
+
+    Args:
+        row: The row.
+        data: Its data.
+        bench: Where its teachers are trained.
+        there: Sets that need not be made.
+    """
+    if isinstance(row, CostRow):
+        return {}
+    names = [n for n in row.networks if not is_kernel(n)] if "random-soft" in row.baselines else []
+    if row.method == "random-soft" and there < len(row.seeds):
+        names.append(str(dict(row.settings).get("student", find(row.method, row.preset, row.ipc).student)))
+    school = School(data.hold_out(HOLDOUT), 0, bench.device, bench.compile, bench.precision)
+    return {(row.data, name): school.seconds(name) / 60 for name in names}
 
 
 def asked(row: Row) -> dict[str, list[Any]]:
