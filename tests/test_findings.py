@@ -1,5 +1,7 @@
 """Findings: verdicts from numbers whose answer is known."""
 
+from dataclasses import replace
+
 import pytest
 
 from potstill.errors import PotstillError
@@ -28,6 +30,33 @@ CELLS = {
     "cost/d/c/1/plain": cost("out of memory", step_seconds=None),
     "cost/d/e/1/plain": cost("out of time", step_seconds=None),
 }
+
+
+def taught(values, hard, soft):
+    """A cell whose labels are learned, with both kinds of random samples."""
+    rows = [{"role": "set", "variant": "own", "network": "convnet", "accuracies": values, "labels": "soft"}]
+    rows += [{**rows[0], "role": "random", "labels": "hard", "accuracies": hard}]
+    rows += [{**rows[0], "role": "random-soft", "accuracies": soft}] if soft else []
+    return {"status": "done", "results": rows}
+
+
+def test_a_gain_is_over_the_baseline_that_the_table_takes_and_one_for_both_sides():
+    cells = {
+        "d/a/1": taught([0.8, 0.81], [0.3, 0.31], [0.7, 0.71]),
+        "d/a/10": taught([0.8, 0.82], [0.7, 0.71], [0.6, 0.61]),
+        "d/b/10": taught([0.8, 0.82], [0.7, 0.71], []),
+    }
+    asked = Finding("n", "c", "s", "accuracy", ("d/a/1@gain",), ("d/a/10@gain",), "command")
+    found = judge(asked, cells)
+    assert found["verdict"] == "refuted" and "d/a/1@gain: 10.0 points over random, soft labels" in found["numbers"]
+    mixed = judge(replace(asked, than=("d/b/10@gain",)), cells)
+    assert mixed["verdict"] == "confirmed" and "d/a/1@gain: 50.0 points, d/b/10@gain: 10.5 points" in mixed["numbers"]
+
+
+def test_one_number_a_side_is_no_test():
+    cells = {"d/a/1": cell([0.8]), "d/b/1": cell([0.3])}
+    found = judge(Finding("n", "c", "s", "accuracy", ("d/a/1",), ("d/b/1",), "command"), cells)
+    assert found["verdict"] == "not resolvable" and "too few for a test" in found["numbers"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import csv
 import html
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -355,7 +356,7 @@ def test_csv_parses_back(tmp_path: Path) -> None:
 
 def test_markdown_is_well_formed(tmp_path: Path) -> None:
     records = [*everything(), cell("a|b\n*c* <i>", accuracy=0.2)]
-    findings = [{"name": "f", "claim": "a | b", "verdict": "refuted", "numbers": "1 < 2", "command": "x"}]
+    findings = [{"name": "f", "claim": "a | b", "verdict": "refuted", "numbers": "1 < 2", "command": "x 'd*' | y"}]
     source = written(tmp_path, records, "md", findings=findings)
     lines, runs, run = source.splitlines(), [], []
     for line in [*lines, ""]:
@@ -366,7 +367,7 @@ def test_markdown_is_well_formed(tmp_path: Path) -> None:
             run = []
     assert len(runs) >= 7 and all(len(set(r)) == 1 and len(r) > 2 for r in runs)
     assert "| dm | **60.0 ± 0.8** (published 71.2 ± 0.6 [" in source
-    assert "a\\|b \\*c\\* &lt;i&gt;" in source and "| a \\| b | refuted | 1 &lt; 2 | x |" in source
+    assert "a\\|b \\*c\\* &lt;i&gt;" in source and "| a \\| b | refuted | 1 &lt; 2 | `x 'd*' \\| y` |" in source
     assert "*55.0 ± 0.8*" in source
 
 
@@ -420,6 +421,24 @@ def test_sets_of_the_zoo_are_said_to_be(tmp_path: Path) -> None:
     page = written(tmp_path, [taken, cell("dc")])
     assert page.count("a set of the zoo: its length and settings are those on its card") == 1
     assert "made with convnet-w99" in page and "convnet-w8" not in page
+
+
+def test_a_set_that_no_network_made_names_none(tmp_path: Path) -> None:
+    cells = [cell("kip"), cell("random"), cell("herding", row={"settings": {"space": "features"}})]
+    for made, network in zip(cells, ("convnet-w97", "convnet-w98", "convnet-w99"), strict=True):
+        made["sets"][0] |= {"network": network}
+    page = written(tmp_path, cells)
+    assert [network in page for network in ("convnet-w97", "convnet-w98", "convnet-w99")] == [False, False, True]
+
+
+def test_a_whitened_set_is_not_held_against_the_whole_set_as_it_is(tmp_path: Path) -> None:
+    for transform, wanted in (("standardise", 0.37), ("zca", None)):
+        made = cell("mtt", accuracy=0.6)
+        made["sets"][0]["transform"] = transform
+        (tmp_path / transform).mkdir()
+        lines = written(tmp_path / transform, [made, cell("whole", None, accuracy=0.97)], "csv").splitlines()
+        (row,) = [r for r in csv.DictReader(lines) if r["method"] == "mtt"]
+        assert float(row["label_recovery"] or "nan") == pytest.approx(wanted or math.nan, nan_ok=True)
 
 
 def test_what_a_set_of_the_zoo_was_made_for_and_whether_it_is_still_there(

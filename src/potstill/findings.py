@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from .errors import PotstillError, unknown
-from .scores import accuracies, p_value
+from .scores import accuracies, p_value, rival
 
 Cell = Mapping[str, Any]
 KINDS = ("accuracy", "seconds", "bytes")
@@ -135,7 +135,16 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
         `name`, `claim`, `verdict` (`confirmed`, `refuted`, `not resolvable`, `not measured`), `numbers`, `note` and `command`, with the options of the
         runs that have measured the cells.
     """
-    value = _accuracy if finding.kind == "accuracy" else partial(_cost, limit=LIMITS[finding.kind])
+    # One baseline for all: a gain over soft labels is no rival of one over hard ones.
+    gained = [
+        cells[n.partition("@")[0]]
+        for n in (*finding.more, *finding.than)
+        if n.endswith("@gain") and n.partition("@")[0] in cells
+    ]
+    chance = "random-soft" if gained and all(rival(c) == "random-soft" for c in gained) else "random"
+    value: Callable[..., list[float]] = partial(_accuracy, chance=chance)
+    if finding.kind != "accuracy":
+        value = partial(_cost, limit=LIMITS[finding.kind])
     verdicts, numbers = [], []
     for pair in itertools.product(finding.more, finding.than):
         name, other = _at_one_width(pair, cells)
@@ -148,8 +157,10 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
         elif finding.kind == "accuracy":
             p, higher = p_value(more, than), fmean(more) > fmean(than)
             unit = " points" if LESS in name or name.endswith("@gain") else " %"
-            verdicts.append(OPEN if p >= LEVEL else CONFIRMED if higher else REFUTED)
-            numbers.append(f"{name}: {100 * fmean(more):.1f}{unit}, {other}: {100 * fmean(than):.1f}{unit}, p = {p:.2g}, n = {len(more)} and {len(than)}")  # fmt: skip
+            unit += " over random, soft labels" if name.endswith("@gain") and chance != "random" else ""
+            verdicts.append(OPEN if p is None or p >= LEVEL else CONFIRMED if higher else REFUTED)
+            told = "too few for a test" if p is None else f"p = {p:.2g}"
+            numbers.append(f"{name}: {100 * fmean(more):.1f}{unit}, {other}: {100 * fmean(than):.1f}{unit}, {told}, n = {len(more)} and {len(than)}")  # fmt: skip
         else:
             ratio = math.nan if more == than == [math.inf] else more[0] / (than[0] * finding.factor)
             verdicts.append(CONFIRMED if ratio > MARGIN else REFUTED if ratio < 1 / MARGIN else OPEN)
@@ -202,12 +213,12 @@ def _one_width(names: Sequence[str], cells: Mapping[str, Cell]) -> list[str]:
     return [widths[name].get(max(shared), name) if shared and name in widths else name for name in names]
 
 
-def _accuracy(name: str, cells: Mapping[str, Cell]) -> list[float]:
+def _accuracy(name: str, cells: Mapping[str, Cell], chance: str) -> list[float]:
     """Accuracies over networks and sets; with `@gain` those of the first set, each less that of the
     random real samples beside it, so that the spread of both counts; so for one name less another.
     """
     if LESS in name:
-        both = [_accuracy(part, cells) for part in name.split(LESS)]
+        both = [_accuracy(part, cells, chance) for part in name.split(LESS)]
         return [round(a - b, 9) for a, b in zip(*both, strict=False)]
     cell, _, what = name.partition("@")
     record = cells.get(cell)
@@ -215,8 +226,7 @@ def _accuracy(name: str, cells: Mapping[str, Cell]) -> list[float]:
         return []
     if what != "gain":
         return accuracies(record, network=what or None)
-    chance = accuracies(record, "random")
-    return [round(a - b, 9) for a, b in zip(accuracies(record), chance, strict=False)]
+    return [round(a - b, 9) for a, b in zip(accuracies(record), accuracies(record, chance), strict=False)]
 
 
 def _cost(name: str, cells: Mapping[str, Cell], limit: str) -> list[float]:

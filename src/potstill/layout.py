@@ -9,8 +9,10 @@ from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from .cards import record_of
+from .methods import METHODS
 from .page import MARKS, STATES, Entry, Group, fair, lines, ranks
 from .places import IN_FILE, IN_ZOO, names
+from .recipe import find
 from .training import PROTOCOLS
 
 PUBLISHED = "Published: with the paper's own network, protocol and copy of the data."
@@ -310,12 +312,24 @@ def _accuracy(
                 small = () if same else (f"n = {e.n}",)
                 text = percent(e.mean, e.std)
                 sets = e.record.get("sets") or []
-                made = ", ".join(dict.fromkeys(s["network"] for s in sets if isinstance(s.get("network"), str)))
+                made = ", ".join(filter(None, dict.fromkeys(_through(e, s) for s in sets)))
                 title = f"{e.record['cell']}: n = {e.n}" + (f", made with {made}" if made else "")
                 told = tuple(notes.number(line) for line in dict.fromkeys(map(_origin, sets)) if line)
                 boxes.append(Box(text, small, published, mark[place], False, told, source, data(e), title))
         rows.append(_row(row, tag, boxes))
     return tuple(rows)
+
+
+def _through(e: Entry, made: Mapping[str, Any]) -> str:
+    """The network through which a set was made; nothing for one that was made without, whatever its recipe names."""
+    network = made.get("network")
+    if not isinstance(network, str) or e.method not in METHODS:
+        return network if isinstance(network, str) else ""
+    objective = find(e.method).objective
+    if objective is not None:
+        return network if objective.needs.network else ""
+    space = ((e.record.get("row") or {}).get("settings") or {}).get("space", "pixels")
+    return network if space != "pixels" else ""  # samples are compared in a space of features
 
 
 def _origin(made: Mapping[str, Any]) -> str:

@@ -252,16 +252,16 @@ def fair(entry: Entry, wholes: dict[tuple[str, str], float]) -> Fair:
 
     Args:
         entry: With a mean.
-        wholes: Accuracy of the whole training set by data and network, for cells that have not measured it themselves.
+        wholes: Accuracy of the whole training set by data and network, for cells that have not measured it themselves;
+            it is that of standardised data, and no measure for a set of others.
     """
     record = entry.record
-    own = [r for r in record["results"] if (r["role"], r["variant"]) == ("set", "own")]
-    learned = any(r["labels"] != "hard" for r in own)
-    soft = learned and bool(scores.accuracies(record, "random-soft"))
-    rivals = scores.accuracies(record, "random-soft" if soft else "random")
-    whole = None if scores.accuracies(record, "whole") else wholes.get((entry.data, entry.network))
+    rival = scores.rival(record)
+    rivals = scores.accuracies(record, rival)
+    alike = {s.get("transform") or "standardise" for s in record.get("sets") or []} <= {"standardise"}
+    whole = wholes.get((entry.data, entry.network)) if alike and not scores.accuracies(record, "whole") else None
     return Fair(
-        ("random, soft labels" if soft else "random") if rivals else "",
+        ("random, soft labels" if rival == "random-soft" else "random") if rivals else "",
         scores.gain(record),
         scores.p_value(scores.accuracies(record), rivals) if rivals else None,
         scores.label_recovery(record, whole),

@@ -120,8 +120,8 @@ def markdown_page(cells: Sequence[Cell], findings: Sequence[Record]) -> str:
         lines += ["", "## Findings", "", "| claim | verdict | numbers | command |", "| --- | --- | --- | --- |"]
         for f in page.findings:
             numbers = ". ".join(str(f[k]) for k in ("numbers", "note") if f.get(k))
-            cells_ = (f.get("claim"), f.get("verdict") or "", numbers, f.get("command") or "")
-            lines.append(f"| {' | '.join(_plain(str(c)) for c in cells_)} |")
+            cells_ = (_plain(str(c)) for c in (f.get("claim"), f.get("verdict") or "", numbers))
+            lines.append(f"| {' | '.join(cells_)} | {_code(str(f.get('command') or ''))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -287,6 +287,11 @@ def _markdown(table: Table) -> list[str]:
             boxes.append(text + (f" (published {_plain(box.published)} [{box.source}])" if box.published else ""))
         lines.append(f"| {' | '.join(boxes)} |")
     return lines + [""] * bool(table.notes) + [f"{i}. {_plain(note)}" for i, note in enumerate(table.notes, 1)]
+
+
+def _code(text: str) -> str:
+    """A command in a cell of Markdown, as a shell takes it."""
+    return f"`{' '.join(text.split())}`".replace("|", "\\|") if text and "`" not in text else _plain(text)
 
 
 def _plain(text: str) -> str:

@@ -36,16 +36,20 @@ def mean(cell: Cell, network: str | None = None) -> tuple[float, float, int] | N
     return (fmean(scores), pstdev(scores), len(scores)) if scores else None
 
 
-def _difference(cell: Cell, variant: str, network: str | None) -> float | None:
-    """The set's mean accuracy less that of random real samples, everything else alike.
+def rival(cell: Cell, network: str | None = None) -> str:
+    """The baseline that a cell's gain is over: `random-soft` where the set's labels are learned and random samples with a
+    teacher's labels were measured, else `random`."""
+    learned = any(
+        r["role"] == "set" and r["variant"] == "own" and r["labels"] != "hard" for r in cell.get("results", ())
+    )
+    return "random-soft" if learned and accuracies(cell, "random-soft", "own", network) else "random"
 
-    A set with learned labels is held against random samples with a teacher's labels where those were measured.
-    """
+
+def _difference(cell: Cell, variant: str, network: str | None) -> float | None:
+    """The set's mean accuracy less that of random real samples, everything else alike."""
     own = accuracies(cell, "set", variant, network)
-    learned = variant != "hard" and any(r["role"] == "set" and r["labels"] != "hard" for r in cell.get("results", ()))
     # the same baseline for each variant, or a score of two would mix them
-    soft = learned and bool(accuracies(cell, "random-soft", "own", network))
-    chance = accuracies(cell, "random-soft" if soft else "random", variant, network)
+    chance = accuracies(cell, rival(cell, network), variant, network)
     return fmean(own) - fmean(chance) if own and chance else None
 
 
@@ -106,15 +110,15 @@ def augmentation_robust(cell: Cell, weight: float = 0.5) -> float | None:
     return None if augmented is None or bare is None else _normalised(weight * augmented + (1 - weight) * bare)
 
 
-def p_value(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p of Welch's t-test that two samples have the same mean; 1 where there are too few to tell.
+def p_value(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Two-sided p of Welch's t-test that two samples have the same mean; `None` where one has too few to tell.
 
     Args:
         a: Accuracies.
         b: Accuracies.
     """
     if len(a) < 2 or len(b) < 2:
-        return 1.0
+        return None
     if len(set(a)) == len(set(b)) == 1:  # no spread at all, as by a kernel: the test is not defined
         return 1.0 if a[0] == b[0] else 0.0
     from scipy.stats import ttest_ind
