@@ -229,9 +229,12 @@ def test_a_whole_session(capsys, tmp_path, npz):
 def test_the_recorded_command_makes_the_same_set(capsys, tmp_path, npz):
     import shlex
 
-    out = tmp_path / "run"
+    out, table = tmp_path / "run", ["--set", 'optimiser.inputs={kind="adam", lr=0.01}']
     assert (
-        main(["distill", npz, "--minutes", "0.02", *FAST[:-2], "--seed", "3", "--no-evaluate", "--out", str(out)]) == 0
+        main(
+            ["distill", npz, "--minutes", "0.02", *FAST[:-2], *table, "--seed", "3", "--no-evaluate", "--out", str(out)]
+        )
+        == 0
     )
     command = shlex.split(json.loads((out / "record.json").read_text())["command"])
     assert command[:3] == ["potstill", "distill", "toy"]

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,12 +21,18 @@ from test_exchange import set_of
 
 import potstill
 from potstill import still, zoo
-from potstill.cli import main
+from potstill.arguments import parser
+from potstill.asking import recipe_of
+from potstill.checkpoint import Ask
+from potstill.cli import counts_of, main, settings_of
 from potstill.errors import PotstillError
 from potstill.exchange import load
 from potstill.places import find, folders, locate, names, shipped
 from potstill.recipe import change, to_dict
 from potstill.recipe import find as find_recipe
+from potstill.recipe import read as read_recipe
+from potstill.replay import Experts
+from potstill.testing import toy
 from potstill.training import PROTOCOLS
 
 ROOT = Path(__file__).parent.parent
@@ -334,6 +341,18 @@ def test_a_set_of_the_zoo_is_complete_and_is_what_its_name_says(name):
     assert record["data"]["heldout"] > 0 and record["data"]["fingerprint"] == made.meta.fingerprint
     for file in place.glob("*.json"):
         assert not re.search(r'"(/|~|[A-Z]:)[^"\s]', file.read_text()), "an absolute path"
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_command_of_a_set_has_its_recipe(name, monkeypatch):
+    """As a shell and the command line read it."""
+    record = json.loads((ZOO / name / "record.json").read_text())
+    args = parser().parse_args(shlex.split(record["command"])[1:])
+    shape = (3, 32, 32) if name.startswith("cifar10") else (1, 28, 28)
+    data = replace(toy(shape=shape, sizes=(11,) * 10), mirror=True)
+    monkeypatch.setattr(Experts, "check", lambda *_: None)  # the recordings are not here
+    ask = Ask(args.method, counts_of(args.ipc), args.steps, None, args.preset, args.network, args.init, None, settings_of(args.set))  # fmt: skip
+    assert recipe_of(ask, data, lambda line: None) == read_recipe(ZOO / name / "recipe.toml")
 
 
 @pytest.mark.parametrize("name", CELLS)

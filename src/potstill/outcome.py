@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,17 @@ def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int)
     asked = find(ask.method, recipe.preset, max(counts)) if isinstance(ask.method, str) else ask.method
     fewer = {"looks": recipe.looks} if recipe.looks < ask.settings.get("looks", asked.looks) else {}  # by --minutes
     for path, value in {**ask.settings, **fewer}.items():
-        parts += ["--set", f"{path}={json.dumps(value)}"]
+        parts += ["--set", f"{path}={_inline(value)}"]
     return shlex.join(parts)
+
+
+def _inline(value: Any) -> str:
+    """A setting as TOML on one line, which is what `--set` reads."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{k} = {_inline(v)}' for k, v in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_inline, value))}]"
+    return json.dumps(value)
 
 
 def write(
