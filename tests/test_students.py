@@ -97,14 +97,21 @@ def by_torch(set_, data, key, rates, feeds, settings, kind="hard", start=None):
 
 
 @pytest.mark.parametrize(
-    ("feed", "rates", "kind"),
-    [("all", "one", "hard"), ("sequence", "each", "hard"), ("all", "each", "centred"), ("all", "one", "soft")],
+    ("feed", "rates", "kind", "window"),
+    [
+        ("all", "one", "hard", 0),
+        ("sequence", "each", "hard", 0),
+        ("all", "each", "centred", 0),
+        ("all", "one", "soft", 0),
+        ("all", "one", "hard", 1),  # a set made by truncated windows with a random end is judged on its whole walk
+    ],
 )
-def test_unrolled_walks_as_torch_optim_does(feed, rates, kind):
+def test_unrolled_walks_as_torch_optim_does(feed, rates, kind, window):
     data, many = toy(), [0.3, 0.1, 0.2, 0.05]
     lr = torch.tensor(many if rates == "each" else [0.2])
     labels = {"soft": "logits"}.get(kind, kind)
     settings = {**WALK, "objective.feed": feed, "objective.rates": rates, "labels": labels}
+    settings |= {"objective.window": window, "objective.random_end": True} if window else {}
     set_ = a_set("dd", settings, kind, lr, data=data, shift=0.1)
     feeds = [[i % 2, 2 + i % 2, 4 + i % 2] for i in range(4)] if feed == "sequence" else [list(range(6))] * 4
     got = potstill.evaluate(set_, data, repeats=2, seed=5)[0]

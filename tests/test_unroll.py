@@ -205,10 +205,13 @@ def test_a_step_is_torch_optims(norm, momentum):
         assert not any(torch.equal(a, b) for a, b in zip(leaves(mine.buffers), leaves(net.state.buffers), strict=True))
 
 
-@pytest.mark.parametrize("window", [1, 3, 7])
-def test_a_window_is_a_detached_start(window):
+@pytest.mark.parametrize("memory", ["adjoint", "plain"])
+@pytest.mark.parametrize(("window", "random_end"), [(1, False), (3, False), (7, False), (2, True)])
+def test_a_window_is_a_detached_start(window, random_end, memory):
     """The truncated gradient is autograd's where everything before the window is cut off."""
-    objective, s, real, net, draws = setting(Unrolled(steps=5, rate=0.1, momentum=0.9, window=window))
+    asked = Unrolled(steps=5, rate=0.1, momentum=0.9, window=window, random_end=random_end, memory=memory)
+    objective, s, real, net, draws = setting(asked)
+    assert not random_end or window < int(draws["end"]) < 5  # or the case is one of the others
     target, each = objective.target(real, net, draws), objective.each(s, draws)
     value, grads, _ = objective.value_and_grad(s, target, net, draws, ())
     step, state = objective.train_step(net.network, s.labels), objective.begin(net)
