@@ -117,19 +117,20 @@ def once_table(record: Mapping[str, Any]) -> list[str]:
 
 
 def time_to_table(record: Mapping[str, Any]) -> list[str]:
-    """The first kept set of each run that reaches the goal."""
+    """The first kept set of each run that reaches the goal, with what the run takes before its clock starts."""
     body = []
     for run in sorted(record["runs"].values(), key=_reached):
-        asked, reached = run["asked"], run["reached"]
+        asked, reached, warm = run["asked"], run["reached"], run["warm_seconds"]
         method = asked["method"]
         threads, settings = str(asked["threads"]), " ".join(f"`{s}`" for s in asked["set"]) or "–"
         if reached is None:
             last = run["kept"][-1]
-            body.append([f"`{method}`", "–", f"not in {last['seconds']:g}", str(last["steps"]), _mean(last["heldout"]), "–", threads, settings])  # fmt: skip
+            body.append([f"`{method}`", "–", f"not in {last['seconds']:g}", f"{warm:.0f}", "–", str(last["steps"]), _mean(last["heldout"]), "–", threads, settings])  # fmt: skip
             continue
         student = f"`{reached['network']}`, `{reached['protocol']}`"
-        body.append([f"`{method}`", student, f"{reached['seconds']:g}", str(reached["steps"]), _mean(reached["heldout"]), _mean(reached["test"]), threads, settings])  # fmt: skip
-    head = ("method", "student, protocol", "seconds", "steps", "held out, %", "test, %", "threads", "beside the preset")
+        minutes = f"{(warm + reached['seconds']) / 60:.1f}"
+        body.append([f"`{method}`", student, f"{reached['seconds']:g}", f"{warm:.0f}", minutes, str(reached["steps"]), _mean(reached["heldout"]), _mean(reached["test"]), threads, settings])  # fmt: skip
+    head = ("method", "student, protocol", "seconds", "to start", "minutes in all", "steps", "held out, %", "test, %", "threads", "beside the preset")
     return rows_of(head, body)
 
 

@@ -155,8 +155,10 @@ def test_seconds_to_a_goal_from_end_to_end_beside_those_of_other_methods(tables,
     kip, dm = (cells_of(line) for line in tables.time_to_table(record)[2:])
     reached = record["runs"]["kip"]["reached"]
     assert kip[:2] == ["`kip`", "`ntk-dense-d1`, `kip`"] and kip[2] == f"{reached['seconds']:g}"
-    assert kip[5] == f"{100 * reached['test'][0]:.1f}" and len(record["runs"]["dm, 8"]["kept"]) == 2
-    assert dm[0] == "`dm`" and dm[2].startswith("not in 0.") and dm[7].startswith("`network=convnet-w4` `student=")
+    warm = record["runs"]["kip"]["warm_seconds"]
+    assert kip[3:5] == [f"{warm:.0f}", f"{(warm + reached['seconds']) / 60:.1f}"]
+    assert kip[7] == f"{100 * reached['test'][0]:.1f}" and len(record["runs"]["dm, 8"]["kept"]) == 2
+    assert dm[0] == "`dm`" and dm[2].startswith("not in 0.") and dm[9].startswith("`network=convnet-w4` `student=")
     run = record["runs"]["dm, 8"]
     (real,) = (cells_of(line) for line in tables.real_batch_table({"runs": {"dm, 8": run}})[2:])
     last = run["kept"][-1]
