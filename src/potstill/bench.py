@@ -66,7 +66,8 @@ class Bench:
     def judge(self, data: Data, protocol: str, repeats: int) -> Judge:
         """The judge of a cell."""
         asked = protocol_of(protocol)
-        return Judge(data, asked, repeats, 0, self.device, self.compile, self.precision, self.say, self.bar)
+        how = (self.device, self.compile, self.precision, self.say, self.bar)
+        return Judge(data, asked, repeats, 0, *how, unfinished=self.out / "unfinished")
 
     @contextmanager
     def locked(self, path: Path, wait: bool = False) -> Iterator[None]:

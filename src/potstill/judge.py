@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from .synthetic import pick, pick_random
 from .teacher import School, seconds_of_labels, soften
 from .training import PROTOCOLS, Protocol, Trainer
 from .transforms import describe, matrix_of
+from .unfinished import Unfinished, mark_of
 
 Say = Callable[[str], None]
 
@@ -122,6 +124,7 @@ class Judge:
     bar: Callable[[int, str, int], Any] | None = None
     group: Group = ALONE
     rows: int = 0  # samples in one pass of a network, to save memory; 0 for any number
+    unfinished: Path | None = None  # a folder in which trainings are kept while they last, to go on with after a kill
 
     def judge(
         self,
@@ -165,7 +168,12 @@ class Judge:
         mine, keys = self.group.mine(sets), self.group.mine(keys)
         bar = self.bar(len(mine) * trainer.steps(samples), f"{name} on {trainer.name}", 0) if self.bar else None
         tick = bar.update if bar is not None else lambda n: None
-        states = trainer.fit(mine, keys, tick, prepare if raw else None) if mine else []
+        kept = None
+        if self.unfinished is not None and self.group.size == 1:
+            how = (trainer.name, protocol.plain(), fit_of(net_name, protocol, asks), on, self.precision_of(net_name), self.device)  # fmt: skip
+            mark = mark_of(sets, how, keys, describe(self.data.transform) if raw else None)
+            kept = Unfinished(self.unfinished / f"{mark}.safetensors", mark)
+        states = trainer.fit(mine, keys, tick, prepare if raw else None, kept) if mine else []
         if lost := sum(self.group.gather(sum(not finite(tuple(s)) for s in states))):
             self.say(
                 f"note: {lost} of {len(sets)} networks ({trainer.name} on {name}) ended with weights that are not finite; "
@@ -175,6 +183,8 @@ class Judge:
         scores = self.group.dealt(scores)
         if bar is not None:
             bar.close()
+        if kept is not None:
+            kept.end()
         spread = torch.tensor(scores, dtype=torch.float64)
         return Result(
             set=name,
@@ -194,7 +204,7 @@ class Judge:
             seed=self.seed,
             compile="on" if on else "off",
             precision=self.precision_of(net_name),
-            seconds=round(time.perf_counter() - start, 3),
+            seconds=round(time.perf_counter() - start + (kept.earlier if kept is not None else 0.0), 3),
             peak_bytes=max(self.group.gather(peak_bytes(self.device))),
             input_bytes=sets[0][0].nbytes,
             label_bytes=sets[0][1].nbytes,

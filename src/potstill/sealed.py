@@ -51,9 +51,14 @@ def write_checkpoint(file: Path, tensors: dict[str, Tensor], header: dict[str, A
     Raises:
         Unwritable: The disk is full or the folder cannot be written to; both old files are untouched.
     """
+    records.write_whole(file, encoded(tensors, header), keep=before_of(file))
+
+
+def encoded(tensors: dict[str, Tensor], header: dict[str, Any]) -> bytes:
+    """The contents of a file that `read_sealed` reads."""
     plain = json.loads(json.dumps(header))  # as it will be read
     sealed = json.dumps({**plain, records.SEAL: seal_of(tensors, plain)})
-    records.write_whole(file, encode(tensors, metadata={HEADER: sealed}), keep=before_of(file))
+    return encode(tensors, metadata={HEADER: sealed})
 
 
 def read_sealed(file: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

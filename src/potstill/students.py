@@ -6,7 +6,7 @@ All have `fit` (one fitted thing for each set) and `score` (of such a thing on r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from .recipe import Recipe, from_dict
 from .sources import Pool
 from .synthetic import Synthetic, group_index
 from .training import Prepare, Protocol, Scorer
+
+if TYPE_CHECKING:
+    from .unfinished import Unfinished
 
 KERNEL = "kernel"  # the kernel that a set was made by
 USUAL = "ntk-dense-d1"
@@ -158,8 +161,9 @@ class Walker:
         keys: Sequence[Key],
         tick: Callable[[int], object],
         prepare: Prepare | None = None,
+        kept: Unfinished | None = None,
     ) -> list[State]:
-        """As `Trainer.fit`."""
+        """As `Trainer.fit`, but begun anew: a walk is short."""
         states = []
         for (x, y), key in zip(sets, keys, strict=True):
             x = prepare(x) if prepare else x
@@ -203,8 +207,9 @@ class Ridge:
         keys: Sequence[Key],
         tick: Callable[[int], object],
         prepare: Prepare | None = None,
+        kept: Unfinished | None = None,
     ) -> list[Any]:
-        """The sets themselves, with their Gram matrices."""
+        """The sets themselves, with their Gram matrices; nothing is kept of one solve."""
         fitted = []
         for x, y in sets:
             x = (prepare(x) if prepare else x).double()

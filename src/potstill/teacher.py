@@ -25,6 +25,7 @@ from .networks import Network, State, narrow, network
 from .records import cache, digest, write_whole
 from .synthetic import Embed, pixels
 from .training import PROTOCOLS, Protocol, Trainer
+from .unfinished import Unfinished
 
 Say = Callable[[str], None]
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
@@ -186,7 +187,8 @@ class School:
             pair = (self.data.train.inputs, self.data.train.labels)
             key = Key(self.seed).fold("teacher")
             tick = line.update if line is not None else lambda n: None
-            (trained,) = trainer.fit([pair], [key], tick, self.data.prepare)
+            kept = None if ":" in name else Unfinished(self.file(name).with_suffix(".part"), self.file(name).stem)
+            (trained,) = trainer.fit([pair], [key], tick, self.data.prepare, kept)
             if line is not None:
                 line.close()
             state = State(*to(tuple(trained), "cpu"))
@@ -198,6 +200,8 @@ class School:
                 file = self.file(name)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(file, encode(_flat(state)))
+                if kept is not None:
+                    kept.end()
         return Teacher(net, State(*to(tuple(state), self.device)), self.device)
 
     def embedding(self, space: str, name: str) -> Embed:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,14 @@ from .augment import Augment
 from .compiling import LARGE, compiled, sample_flops
 from .data import Classification
 from .errors import PotstillError
-from .functional import SGD, Adam, Key, Tree, tree_map
+from .functional import SGD, Adam, Key, Tree, to, tree_map
 from .layers import HALF
 from .methods import DSA
 from .networks import Network, State
 from .records import digest
+
+if TYPE_CHECKING:
+    from .unfinished import Unfinished
 
 Prepare = Callable[[Tensor], Tensor]  # raw inputs to what networks see
 MANY = 16  # small networks are trained side by side, so many at most
@@ -251,6 +255,7 @@ class Trainer:
         keys: Sequence[Key],
         tick: Callable[[int], object],
         prepare: Callable[[Tensor], Tensor] | None = None,
+        kept: Unfinished | None = None,
     ) -> list[State]:
         """Train one network on each set; all sets have the same size.
 
@@ -259,11 +264,17 @@ class Trainer:
             keys: One for each network.
             tick: Called after each step with the number of networks that made it.
             prepare: Raw inputs of a step to what networks see, where there are too many to do it beforehand.
+            kept: Where the training is kept while it lasts, and may have been begun.
         """
-        states: list[State] = []
+        done, step, now = kept.begun() if kept is not None else ([], 0, None)
+        states = [State(*to(s, self.device)) for s in done]
         many = self.together(len(sets[0][0]))
-        for i in range(0, len(sets), many):
-            states += self._fit(sets[i : i + many], keys[i : i + many], tick, prepare)
+        if states:
+            tick(len(states) * self.steps(len(sets[0][0])))
+        for i in range(len(states), len(sets), many):
+            keep = None if kept is None else partial(kept.keep, list(states))
+            begun, step, now = (step, now), 0, None
+            states += self._fit(sets[i : i + many], keys[i : i + many], tick, prepare, begun, keep)
         return states
 
     def _fit(
@@ -272,6 +283,8 @@ class Trainer:
         keys: Sequence[Key],
         tick: Callable[[int], object],
         prepare: Callable[[Tensor], Tensor] | None,
+        begun: tuple[int, Tree],
+        keep: Callable[[int, Tree], None] | None,
     ) -> list[State]:
         samples = len(sets[0][0])
         batch = self.protocol.size(samples)
@@ -281,14 +294,18 @@ class Trainer:
         slow = {**self.optimiser.init(states.params)}
         if "count" in slow:  # one for each network, as every other leaf
             slow["count"] = slow["count"].expand(len(keys)).clone()
+        first, now = begun
+        if now is not None:
+            states, slow = State(*to(now[0], self.device)), to(now[1], self.device)
+            tick(first * len(sets))
         # a single set may be a file mapped into memory: no copy of it
         parts = [sets[0][j][None] if len(sets) == 1 else torch.stack([s[j] for s in sets]) for j in (0, 1)]
         x, y = (part.to(self.device) for part in parts)
         rows = torch.arange(len(sets))[:, None]
-        for epoch in range(epochs):
+        for epoch in range(first // each, epochs):
             draws = [self.protocol.augment.draws(key.fold("augment", epoch), each, batch) for key in keys]
             order = torch.stack([key.fold("order", epoch).permutation(samples) for key in keys])
-            for j in range(each):
+            for j in range(max(first - epoch * each, 0), each):
                 at = order[:, j * batch : (j + 1) * batch]
                 # the operation is drawn per step (1), its parameters per sample (batch)
                 drawn = {k: torch.stack([d[k][j, : at.shape[1]] for d in draws]).to(self.device) for k in draws[0]}
@@ -296,6 +313,8 @@ class Trainer:
                 inputs = x[rows, at] if prepare is None else prepare(x[rows, at])
                 states, slow, _ = self.step(states, slow, inputs, y[rows, at], drawn, rate)
                 tick(len(sets))
+                if keep is not None:
+                    keep(epoch * each + j + 1, (tuple(states), slow))
         return [State(*tree_map(lambda t, r=r: t[r], tuple(states))) for r in range(len(sets))]
 
     def score(self, state: State, inputs: Tensor, labels: Tensor, prepare: Prepare) -> float:

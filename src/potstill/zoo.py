@@ -234,8 +234,8 @@ def index(found: Sequence[Cell]) -> str:
         body.append(f"| {' | '.join([f'[{name}]({name}/README.md)', *map(plain, rest)])} |")
     whitened = [c.name for c in found if record_of(c.path).get("choices", {}).get("transform") == "zca"]
     if whitened:
-        body += ["", f"**Whitened (ZCA):** {', '.join(map(plain, whitened))}. Their papers, but DD's, whiten, and it is worth three to nine points. Their matrix is not here: it has 38 MB, and `potstill evaluate` makes it again from the training data. "
-                 "Who trains on them needs those data; the other sets need nothing."]  # fmt: skip
+        named = ", ".join(map(plain, whitened))
+        body += ["", f"**Whitened (ZCA):** {named}. Their papers, but DD's, whiten, and it is worth three to nine points. Their matrix is not here: it has 38 MB, and `potstill evaluate` makes it again from the training data. Who trains on them needs those data; the other sets need nothing."]  # fmt: skip
     for data in dict.fromkeys(c.data for c in found):
         body += ["", f"**{plain(data)}.** {licence_of(data)[1]}"]
     return "\n".join([*body, ""])
