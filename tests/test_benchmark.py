@@ -630,7 +630,7 @@ def test_a_cost_cell_in_its_own_process_and_what_ends_one(root, monkeypatch):
     quick = CostRow("dm", "toy", 1, network="convnet-w4", limit_seconds=0.01)
     assert costs.in_own_process(quick, "toy", root, False, "auto") == {
         "status": "out of time",
-        "reason": "longer than 0.01 s",
+        "reason": "14 steps, with starting and compiling, took longer than 0.01 s",
     }
     killed = subprocess.CompletedProcess([], -9, "", "")
     monkeypatch.setattr(costs.subprocess, "run", lambda *a, **k: killed)

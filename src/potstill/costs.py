@@ -208,7 +208,9 @@ def in_own_process(
     except subprocess.TimeoutExpired as late:
         said = late.stdout or b""
         late_answer = _last(said.decode(errors="replace") if isinstance(said, bytes) else said)
-        return late_answer or {"status": TIME, "reason": f"longer than {row.limit_seconds:g} s"}
+        steps = 2 * (WARM + row.repeats)
+        said_so = f"{steps} steps, with starting and compiling, took longer than {row.limit_seconds:g} s"
+        return late_answer or {"status": TIME, "reason": said_so}
     if (found := _last(done.stdout)) is not None:
         return found
     if done.returncode == -9:  # the system's own answer to too little memory
