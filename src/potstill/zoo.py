@@ -235,7 +235,7 @@ def index(found: Sequence[Cell]) -> str:
     whitened = [c.name for c in found if record_of(c.path).get("choices", {}).get("transform") == "zca"]
     if whitened:
         named = ", ".join(map(plain, whitened))
-        body += ["", f"**Whitened (ZCA):** {named}. Their papers, but DD's, whiten, and it is worth three to nine points. Their matrix is not here: it has 38 MB, and `potstill evaluate` makes it again from the training data. Who trains on them needs those data; the other sets need nothing."]  # fmt: skip
+        body += ["", f"**Whitened (ZCA):** {named}. Where their matrix is not here, the training data give it again, as in `potstill evaluate`; the other sets need nothing beside them."]  # fmt: skip
     for data in dict.fromkeys(c.data for c in found):
         body += ["", f"**{plain(data)}.** {licence_of(data)[1]}"]
     return "\n".join([*body, ""])
