@@ -1,6 +1,7 @@
 """The command line as a user meets it: every mistake one line on standard error and exit code 2, nothing lost."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -241,6 +242,16 @@ def test_the_recorded_command_makes_the_same_set(capsys, tmp_path, npz):
     again = tmp_path / "again"
     assert main(["distill", npz, *command[3:], "--no-evaluate", "--out", str(again)]) == 0
     assert (again / "set.safetensors").read_bytes() == (out / "set.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("value", [{"kind": "adam", "lr": 1e-05, "of it": [1, "1", True]}, "a😀'b", math.inf, ["x", {"y": {"z": -0.5}}]])  # fmt: skip
+def test_a_recorded_setting_is_read_as_it_was_given(value):
+    import shlex
+
+    from potstill.outcome import _inline
+
+    (pair,) = shlex.split(shlex.join([f"a.b={_inline(value)}"]))
+    assert settings_of([pair]) == {"a.b": value}
 
 
 def test_show_is_a_recipe_that_distill_reads(capsys, tmp_path, npz):

@@ -52,6 +52,12 @@ def test_a_gain_is_over_the_baseline_that_the_table_takes_and_one_for_both_sides
     mixed = judge(replace(asked, than=("d/b/10@gain",)), cells)
     assert mixed["verdict"] == "confirmed" and "d/a/1@gain: 50.0 points, d/b/10@gain: 10.5 points" in mixed["numbers"]
 
+    # what was not measured has no say in it, and both parts of a difference have
+    gone = judge(replace(asked, than=("d/a/10@gain", "d/c/10@gain")), {**cells, "d/c/10": {"status": "failed", "results": []}})  # fmt: skip
+    assert "10.0 points over random, soft labels" in gone["numbers"]
+    less = judge(replace(asked, more=("d/a/1@gain less d/b/10@gain",), than=("d/a/1@gain less d/a/1@gain",)), cells)
+    assert less["verdict"] != "not measured" and "d/a/1@gain less d/b/10@gain: 39.5 points" in less["numbers"]
+
 
 def test_one_number_a_side_is_no_test():
     cells = {"d/a/1": cell([0.8]), "d/b/1": cell([0.3])}

@@ -424,11 +424,15 @@ def test_sets_of_the_zoo_are_said_to_be(tmp_path: Path) -> None:
 
 
 def test_a_set_that_no_network_made_names_none(tmp_path: Path) -> None:
-    cells = [cell("kip"), cell("random"), cell("herding", row={"settings": {"space": "features"}})]
-    for made, network in zip(cells, ("convnet-w97", "convnet-w98", "convnet-w99"), strict=True):
+    cells = [cell("kip"), cell("random"), cell("herding", row={"settings": {"space": "features"}}), cell("k-center"), cell("k-means"), cell("herding", data="fashion-mnist")]  # fmt: skip
+    cells[3]["sets"][0]["space"] = "features"
+    cells[4]["sets"][0]["space"] = "pixels"
+    cells[5]["sets"][0]["path"] = "zoo:fashion-mnist/herding/1"  # chosen on the features of a network
+    made_with = [f"convnet-w9{i}" for i in range(6)]
+    for made, network in zip(cells, made_with, strict=True):
         made["sets"][0] |= {"network": network}
     page = written(tmp_path, cells)
-    assert [network in page for network in ("convnet-w97", "convnet-w98", "convnet-w99")] == [False, False, True]
+    assert [network in page for network in made_with] == [False, False, True, True, False, True]
 
 
 def test_a_whitened_set_is_not_held_against_the_whole_set_as_it_is(tmp_path: Path) -> None:

@@ -5,11 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from test_benchmark import DM, HEAD, bench_of, records, root, short  # noqa: F401
+from test_students import a_set
 
 from potstill import unfinished
 from potstill.errors import Stopped
+from potstill.exchange import DistilledSet
 from potstill.functional import Key, leaves
+from potstill.judge import Judge
 from potstill.networks import network
+from potstill.sealed import encoded, read_sealed
 from potstill.teacher import School
 from potstill.testing import toy
 from potstill.training import PROTOCOLS, Trainer
@@ -112,39 +116,99 @@ def test_a_mark_is_of_every_bit():
     assert mark_of([(x, y)] * 2, "p") != marks[0]
 
 
-def test_a_cell_that_is_cut_off_in_its_judging_loses_no_more_than_what_came_after_the_last_writing(
-    root,  # noqa: F811
-    tmp_path,
-    short,  # noqa: F811
-    monkeypatch,
-    often,
-):
+def test_a_cell_that_is_cut_off_in_its_judging_goes_on_with_the_networks_under_training(root, tmp_path, short, monkeypatch, often):  # noqa: F811  # fmt: skip
     monkeypatch.setitem(PROTOCOLS, "dc", replace(PROTOCOLS["dc"], epochs=40, steps=0))
     text = HEAD + DM.replace('networks = ["convnet-w4", "mlp-w4"]', 'networks = ["mlp-w4"]')
+    update, calls = Trainer._update, []
+
+    def counted(self, *args):
+        calls.append(self.protocol.name)
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        return update(self, *args)
+
+    monkeypatch.setattr(Trainer, "_update", counted)
     (tmp_path / "plain").mkdir()
-    whole = bench_of(tmp_path / "plain", text)
+    whole, limit = bench_of(tmp_path / "plain", text), 0
     whole.run(whole.plan())
-    fit, told = Trainer.fit, []
-
-    def cut_off(self, sets, keys, tick, prepare=None, kept=None):
-        def counted(n):
-            tick(n)
-            told.append(n)
-            if len(told) == 30:
-                raise KeyboardInterrupt
-
-        return fit(self, sets, keys, counted, prepare, kept)
-
-    monkeypatch.setattr(Trainer, "fit", cut_off)
-    work = bench_of(tmp_path, text)
+    steps = len(calls)
+    work, limit = bench_of(tmp_path, text), len(calls) + steps // 2
     with pytest.raises(KeyboardInterrupt):
         work.run(work.plan())
-    left = list((tmp_path / "out" / "unfinished").iterdir())
-    assert len(left) == 1
+    (left,) = (tmp_path / "out" / "unfinished").iterdir()
+    monkeypatch.setattr(Unfinished, "seconds", 1000.0)
+    tensors, header = read_sealed(left, "training")
+    left.write_bytes(encoded(tensors, {**header, "seconds": 1000.0}))
     work.run(work.plan())
+    assert len(calls) == 2 * steps + 1, "the step in which it was cut off is made again, and no other"
     assert not list((tmp_path / "out" / "unfinished").iterdir())
     mine, theirs = (records(p)["performance/toy/dm/1"]["results"] for p in (tmp_path, tmp_path / "plain"))
     assert [(r["role"], r["accuracies"]) for r in mine] == [(r["role"], r["accuracies"]) for r in theirs]
+    assert [r["seconds"] > 1000 for r in mine].count(True) == 1
+
+
+def kept_by(judge, set_, name="mlp-w4"):
+    """What a judge leaves of a training that is cut off in its third step."""
+    update, calls = Trainer._update, []
+
+    def cut_off(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Cut
+        return update(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_update", cut_off)
+        with pytest.raises(Cut):
+            judge.set(set_, "it", name)
+    return {p.name for p in judge.unfinished.glob("*")}
+
+
+def test_a_training_is_told_from_every_other_one(tmp_path, short, often):  # noqa: F811
+    data = toy()
+    set_ = a_set("dm", {"objective.real": 2}, "hard", None, data=data)
+    judge = Judge(data, PROTOCOLS["dc"], 2, compile="off", unfinished=tmp_path)
+    files = kept_by(judge, set_)
+    assert len(files) == 1
+    others = [
+        replace(judge, protocol=PROTOCOLS["dsa"]),
+        replace(judge, seed=1),
+        replace(judge, precision="bf16"),
+        replace(judge, repeats=3),
+    ]
+    for i, other in enumerate(others):
+        assert len(kept_by(other, set_)) == 2 + i
+    assert len(kept_by(judge, set_, "mlp-w5")) == 6
+    shifted = DistilledSet(set_.inputs * 1.001, set_.labels, set_.meta)
+    assert len(kept_by(judge, shifted)) == 7
+
+
+def test_a_network_from_outside_begins_anew(tmp_path, monkeypatch, short, often):  # noqa: F811
+    """Its code may have changed under its name."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = "import torch\ndef net(shape, outputs):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, outputs))\n"
+    (tmp_path / "outside_unfinished.py").write_text(code)
+    data = toy()
+    set_ = a_set("dm", {"objective.real": 2}, "hard", None, data=data)
+    judge = Judge(data, PROTOCOLS["dc"], 2, compile="off", unfinished=tmp_path / "kept")
+    assert kept_by(judge, set_, "outside_unfinished:net") == set()
+
+
+def test_where_nothing_can_be_kept_the_training_goes_on(trainer, tmp_path, often):
+    (tmp_path / "file").write_text("")
+    kept = Unfinished(tmp_path / "file" / "it.safetensors", "a")
+    assert alike(trainer.train(lambda n: None, kept), trainer.train(lambda n: None))
+    assert kept.begun() == ([], 0, None)
+    kept.end()
+
+
+def test_another_machine_begins_anew(trainer, tmp_path, monkeypatch, often):
+    place = tmp_path / "it.safetensors"
+    with pytest.raises(Cut):
+        trainer.train(stop_at(9), Unfinished(place, "a"))
+    assert Unfinished(place, "a").begun()[2] is not None
+    monkeypatch.setattr("potstill.records.processor", lambda: "another")
+    assert Unfinished(place, "a").begun() == ([], 0, None)
 
 
 def test_a_teacher_that_is_cut_off_goes_on(tmp_path, monkeypatch, often):
@@ -171,3 +235,11 @@ def test_a_teacher_that_is_cut_off_goes_on(tmp_path, monkeypatch, often):
     monkeypatch.setattr(Trainer, "_update", update)
     assert alike(tuple(made.state), tuple(School(toy(), 0).teacher("mlp-w4").state))
     assert steps == Trainer(made.net, PROTOCOLS["whole"], toy().task, False, "cpu").steps(len(toy().train))
+
+
+def test_a_teacher_that_diverges_leaves_nothing_behind(tmp_path, monkeypatch, often):
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path))
+    monkeypatch.setitem(PROTOCOLS, "whole", replace(PROTOCOLS["whole"], epochs=4, steps=0, lr=1e30))
+    with pytest.raises(Stopped):
+        School(toy(), 0).teacher("mlp-w4")
+    assert not list((tmp_path / "teachers").iterdir())

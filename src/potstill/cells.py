@@ -93,8 +93,14 @@ def lessons(row: Row | CostRow, data: Data, bench: Bench, there: int = 0) -> dic
     names = [n for n in row.networks if not is_kernel(n)] if "random-soft" in row.baselines else []
     if row.method == "random-soft" and there < len(row.seeds):
         names.append(str(dict(row.settings).get("student", find(row.method, row.preset, row.ipc).student)))
+    if not names:
+        return {}
+    lies = in_zoo(bench, row, data)
+    how = str(record_of(lies).get("choices", {}).get("transform", "")) if lies is not None else ""
     school = School(data.hold_out(HOLDOUT), 0, bench.device, bench.compile, bench.precision)
-    return {(row.data, name): school.seconds(name) / 60 for name in names}
+    # a whitened set has a teacher of its own; whether it is kept is not known before the data are whitened
+    cost = school.work if how == "zca" else school.seconds
+    return {(f"{row.data} {how}", name): cost(name) / 60 for name in names}
 
 
 def asked(row: Row) -> dict[str, list[Any]]:
@@ -111,16 +117,18 @@ def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -
     """Make the sets, judge each in every way that the row asks for; after each number the record is on disk."""
     data, results = bench.data(row.data), record["results"]
 
-    def keep(seed: int, role: str, variant: str, network: str, judge: Callable[[], Result | None]) -> None:
+    judge = bench.judge(data, row.protocol, row.repeats)
+
+    def keep(seed: int, role: str, variant: str, network: str, measure: Callable[[], Result | None]) -> None:
         if any((r["seed"], r["role"], r["variant"], r["network"]) == (seed, role, variant, network) for r in results):
             return
-        result = judge()
+        result = measure()
         if result is None:  # such as the whole set for a kernel; the judge has said why
             return
         results.append(asdict(result) | {"seed": seed, "role": role, "variant": variant})
         write_sealed(file, record)
+        judge.written()
 
-    judge = bench.judge(data, row.protocol, row.repeats)
     if row.method == WHOLE:
         for name in row.networks:
             keep(0, "set", "own", build_network(name, data.shape, data.task.outputs).name, partial(judge.whole, name))
@@ -134,7 +142,7 @@ def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -
         if covered(record, alone):
             continue  # its set need not be there any more
         set_, source = meeting(made(bench, suite, row, record, seed, data), data)
-        judge = replace(judge, data=source)
+        judge = replace(judge, data=source)  # and one list of what is to be written
         write_sealed(file, record)
         for name in row.networks:
             kind = set_.meta.labels
@@ -324,6 +332,7 @@ def _enter(record: Record, seed: int, place: str, run: Record, set_: DistilledSe
         "student": run["recipe"]["student"],
         "protocol": run["recipe"]["protocol"],
         "transform": run["choices"].get("transform", ""),
+        "space": run["recipe"].get("space", ""),
         "steps": run["steps"],
         "seconds": round(sum(v for k, v in run["cost"]["phases"].items() if k != "evaluation"), 3),
         "peak_bytes": run["cost"]["peak_bytes"],

@@ -136,11 +136,8 @@ def judge(finding: Finding, cells: Mapping[str, Cell]) -> dict[str, str]:
         runs that have measured the cells.
     """
     # One baseline for all: a gain over soft labels is no rival of one over hard ones.
-    gained = [
-        cells[n.partition("@")[0]]
-        for n in (*finding.more, *finding.than)
-        if n.endswith("@gain") and n.partition("@")[0] in cells
-    ]
+    parts = [part.partition("@") for name in (*finding.more, *finding.than) for part in name.split(LESS)]
+    gained = [cells[cell] for cell, _, what in parts if what == "gain" and _accuracy(f"{cell}@gain", cells, "random")]
     chance = "random-soft" if gained and all(rival(c) == "random-soft" for c in gained) else "random"
     value: Callable[..., list[float]] = partial(_accuracy, chance=chance)
     if finding.kind != "accuracy":

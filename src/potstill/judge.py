@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ class Judge:
     group: Group = ALONE
     rows: int = 0  # samples in one pass of a network, to save memory; 0 for any number
     unfinished: Path | None = None  # a folder in which trainings are kept while they last, to go on with after a kill
+    over: list[Unfinished] = field(default_factory=list)  # those that are done, until their numbers are on disk
 
     def judge(
         self,
@@ -169,8 +170,13 @@ class Judge:
         bar = self.bar(len(mine) * trainer.steps(samples), f"{name} on {trainer.name}", 0) if self.bar else None
         tick = bar.update if bar is not None else lambda n: None
         kept = None
-        if self.unfinished is not None and self.group.size == 1:
-            how = (trainer.name, protocol.plain(), fit_of(net_name, protocol, asks), on, self.precision_of(net_name), self.device)  # fmt: skip
+        if (
+            self.unfinished is not None
+            and self.group.size == 1
+            and ":" not in net_name
+            and isinstance(trainer, Trainer)
+        ):
+            how = (trainer.name, trainer.together(samples), protocol.plain(), fit_of(net_name, protocol, asks), on, self.precision_of(net_name), self.device)  # fmt: skip
             mark = mark_of(sets, how, keys, describe(self.data.transform) if raw else None)
             kept = Unfinished(self.unfinished / f"{mark}.safetensors", mark)
         states = trainer.fit(mine, keys, tick, prepare if raw else None, kept) if mine else []
@@ -184,7 +190,7 @@ class Judge:
         if bar is not None:
             bar.close()
         if kept is not None:
-            kept.end()
+            self.over.append(kept)
         spread = torch.tensor(scores, dtype=torch.float64)
         return Result(
             set=name,
@@ -350,6 +356,11 @@ class Judge:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, asdict(result))
         return result
+
+    def written(self) -> None:
+        """The numbers so far are on disk: what was kept of their trainings goes."""
+        while self.over:
+            self.over.pop().end()
 
 
 def _ipc(set_: DistilledSet) -> int | list[int]:

@@ -328,7 +328,9 @@ def _through(e: Entry, made: Mapping[str, Any]) -> str:
     objective = find(e.method).objective
     if objective is not None:
         return network if objective.needs.network else ""
-    space = ((e.record.get("row") or {}).get("settings") or {}).get("space", "pixels")
+    row, lies = e.record.get("row") or {}, names().get(str(made.get("path")).removeprefix(IN_ZOO))
+    zoo = record_of(lies).get("recipe", {}) if lies is not None else {}  # where an older record does not say it
+    space = made.get("space") or zoo.get("space") or (row.get("settings") or {}).get("space", "pixels")
     return network if space != "pixels" else ""  # samples are compared in a space of features
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,10 +114,12 @@ def command(ask: Ask, data: Data, recipe: Recipe, counts: list[int], steps: int)
 def _inline(value: Any) -> str:
     """A setting as TOML on one line, which is what `--set` reads."""
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{k} = {_inline(v)}' for k, v in value.items())}}}"
+        bare = re.compile(r"[\w-]+", re.ASCII)
+        pairs = (f"{k if bare.fullmatch(k) else _inline(k)} = {_inline(v)}" for k, v in value.items())
+        return f"{{{', '.join(pairs)}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_inline, value))}]"
-    return json.dumps(value)
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)  # inf is no JSON
 
 
 def write(

@@ -153,12 +153,13 @@ class School:
     def network(self, name: str) -> Network:
         return network(name, self.data.shape, self.data.task.outputs).by(self.rows)
 
-    def _work(self, name: str) -> float:
+    def work(self, name: str) -> float:
+        """Seconds that the training of a teacher takes, from counted operations."""
         trainer = Trainer(self.network(name), PROTOCOLS["whole"], self.data.task, False, "cpu")
         return trainer.flops(len(self.data.train)) / EAGER_FLOPS
 
     def _choices(self, name: str) -> tuple[bool, str]:
-        on, _ = choose_compile(self.compile, self._work(name), self.device)
+        on, _ = choose_compile(self.compile, self.work(name), self.device)
         return on, choose_precision(self.precision, self.device, self.network(name))
 
     def file(self, name: str) -> Path:
@@ -168,7 +169,7 @@ class School:
 
     def seconds(self, name: str) -> float:
         """What a teacher would cost, from counted operations; nothing where the cache has it."""
-        return 0.0 if self._kept(name) else self._work(name)
+        return 0.0 if self._kept(name) else self.work(name)
 
     def _kept(self, name: str) -> State | None:
         """The trained network of this name in the cache; code from outside may change under its name, and is not kept."""
@@ -179,7 +180,7 @@ class School:
         net, protocol, state = self.network(name), PROTOCOLS["whole"], self._kept(name)
         if state is None:
             on, precision = self._choices(name)
-            minutes = max(self._work(name) / 60, 0.1)
+            minutes = max(self.work(name) / 60, 0.1)
             self.say(f"teacher: {net.name} on the training data by protocol whole, about {minutes:.1f} min here")
             trainer = Trainer(net.at(PRECISIONS[precision]), protocol, self.data.task, on, self.device)
             epochs, each = protocol.plan(len(self.data.train))
@@ -187,21 +188,22 @@ class School:
             pair = (self.data.train.inputs, self.data.train.labels)
             key = Key(self.seed).fold("teacher")
             tick = line.update if line is not None else lambda n: None
-            kept = None if ":" in name else Unfinished(self.file(name).with_suffix(".part"), self.file(name).stem)
+            file = None if ":" in name else self.file(name)  # every call of it looks at all of the data
+            kept = None if file is None else Unfinished(file.with_suffix(".part"), f"{file.stem} {self.rows}")
             (trained,) = trainer.fit([pair], [key], tick, self.data.prepare, kept)
             if line is not None:
                 line.close()
             state = State(*to(tuple(trained), "cpu"))
             if not finite(tuple(state)):
+                if kept is not None:
+                    kept.end()
                 raise Stopped(
                     f"teacher: {net.name} ended with weights that are not finite; it labels nothing and is not kept"
                 )
-            if ":" not in name:
-                file = self.file(name)
+            if file is not None and kept is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(file, encode(_flat(state)))
-                if kept is not None:
-                    kept.end()
+                kept.end()
         return Teacher(net, State(*to(tuple(state), self.device)), self.device)
 
     def embedding(self, space: str, name: str) -> Embed:

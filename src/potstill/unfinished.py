@@ -1,10 +1,14 @@
-"""The training of networks that was cut off: kept now and then, and gone on with to the same bits."""
+"""The training of networks that was cut off: kept now and then, and gone on with, on the same machine to the same bits.
+
+What is kept is insurance: where it cannot be written, or is damaged, the training goes on or begins anew without it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from torch import Tensor
 from .errors import PotstillError
 from .exchange import pack, unpack
 from .functional import Tree
-from .records import write_whole
+from .records import software, sweep, write_whole
 from .sealed import encoded, read_sealed
 
 FORMAT = 1
@@ -31,7 +35,7 @@ class Unfinished:
     Args:
         file: Its place, this training's own.
         mark: Of everything that its numbers hang on (`mark_of`); a file with another one is not gone on with.
-        earlier: Seconds that were spent on it before.
+        earlier: Seconds that were spent on it before, by this process or by another that trains the same.
     """
 
     file: Path
@@ -47,7 +51,7 @@ class Unfinished:
             return [], 0, None
         try:
             tensors, header = read_sealed(self.file, "training")
-            if (header["format"], header["mark"]) != (FORMAT, self.mark):
+            if (header["format"], header["mark"], header["machine"]) != (FORMAT, self.mark, software("")):
                 return [], 0, None
             done, step, now = unpack(header["tree"], tensors)
             self.earlier = float(header["seconds"])
@@ -56,19 +60,17 @@ class Unfinished:
             return [], 0, None
 
     def keep(self, done: Sequence[Tree], step: int, now: Tree) -> None:
-        """Write what there is, if the last time is long enough ago.
-
-        Raises:
-            Unwritable: The disk is full or the folder cannot be written to.
-        """
+        """Write what there is, if the last time is long enough ago and the disk allows it."""
         moment = time.perf_counter()
         if moment - self._last < EVERY:
             return
         tensors: dict[str, Tensor] = {}
         tree = pack(([tuple(s) for s in done], step, now), tensors)
-        header = {"format": FORMAT, "mark": self.mark, "tree": tree, "seconds": round(self.seconds, 3)}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.file, encoded(tensors, header))
+        header = {"format": FORMAT, "mark": self.mark, "machine": software(""), "tree": tree, "seconds": round(self.seconds, 3)}  # fmt: skip
+        with suppress(PotstillError, OSError):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            sweep(self.file)
+            write_whole(self.file, encoded(tensors, header))
         self._last = time.perf_counter()
 
     @property
@@ -77,8 +79,9 @@ class Unfinished:
         return self.earlier + time.perf_counter() - self._begun
 
     def end(self) -> None:
-        """The training is over, and its outcome is in other hands."""
-        self.file.unlink(missing_ok=True)
+        """The outcome of the training is on disk, or is none that anybody wants."""
+        with suppress(OSError):
+            self.file.unlink(missing_ok=True)
 
 
 def mark_of(sets: Sequence[tuple[Tensor, Tensor]], *parts: Any) -> str:
