@@ -407,6 +407,36 @@ def test_the_page_of_the_zoo_is_what_the_code_makes():
     assert "JPEG of quality 75" in text and "Zalando" in text
 
 
+def test_the_readme_has_the_numbers_of_the_zoo():
+    """Sets and random samples, in both of its tables; the latter may have been drawn beside another set of the size."""
+    heads, seen, rows_of = {}, set(), {}
+    for name in CELLS:
+        file, record = ZOO / name / "evaluation.json", json.loads((ZOO / name / "record.json").read_text())
+        rows_of[name] = [*(json.loads(file.read_text()) if file.exists() else []), *record["results"]]
+    for line in (ROOT / "README.md").read_text().splitlines():
+        boxes = [box.strip() for box in line.strip("|").split("|")]
+        if line.startswith("| data | method |"):
+            heads = {head: i for i, head in enumerate(boxes)}
+        elif not line.startswith("|"):
+            heads = {}
+        if not heads or not boxes[heads["images"]].isdigit() or "(127 steps here)" in line:
+            continue
+        data = "fashion-mnist" if boxes[heads["data"]] == "Fashion-MNIST" else "cifar10-jpeg75"
+        name = f"{data}/{boxes[heads['method']].strip('`')}/{int(boxes[heads['images']]) // 10}"
+        recipe = json.loads((ZOO / name / "record.json").read_text())["recipe"]
+        alike = [n for n in CELLS if (n.split("/")[0], n.split("/")[2]) == (data, name.split("/")[2])]
+        rows = [*rows_of[name], *(r for n in alike for r in rows_of[n] if r["method"] == "random")]
+        network = boxes[heads["student"]].strip("`") if "student" in heads else "convnet"
+        protocol = "kip" if network.startswith("mlp") else recipe["protocol"]
+        rows = [r for r in rows if (r["network"], r["protocol"]) == (network, protocol)]
+        for box, method in (("accuracy", recipe["method"]), ("random real, same protocol", "random")):
+            if boxes[heads[box]]:
+                shown = {f"{100 * r['accuracy_mean']:.1f}" + (f" ± {100 * r['accuracy_std']:.1f}" if r["repeats"] > 1 else "") for r in rows if r["method"] == method}  # fmt: skip
+                assert boxes[heads[box]] in shown, (name, box)
+                seen.add((name, network, method))
+    assert len([s for s in seen if s[2] != "random"]) >= 27 and len(seen) >= 40
+
+
 def test_the_zoo_is_small():
     assert sum(p.stat().st_size for p in ZOO.rglob("*") if p.is_file()) < 20 * MIB
     assert not [
