@@ -291,7 +291,9 @@ def _markdown(table: Table) -> list[str]:
 
 def _code(text: str) -> str:
     """A command in a cell of Markdown, as a shell takes it."""
-    return f"`{' '.join(text.split())}`".replace("|", "\\|") if text and "`" not in text else _plain(text)
+    if not text or "`" in text or "<" in text:  # what could be read as something else stays words
+        return _plain(text)
+    return f"`{' '.join(text.split())}`".replace("|", "\\|")
 
 
 def _plain(text: str) -> str:
