@@ -142,7 +142,7 @@ def accuracy(bench: Bench, suite: Suite, row: Row, record: Record, file: Path) -
         if covered(record, alone):
             continue  # its set need not be there any more
         set_, source = meeting(made(bench, suite, row, record, seed, data), data)
-        judge = replace(judge, data=source)  # and one list of what is to be written
+        judge = replace(judge, data=source)  # the trainings that `written` ends are those of both
         write_sealed(file, record)
         for name in row.networks:
             kind = set_.meta.labels

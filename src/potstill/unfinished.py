@@ -23,9 +23,8 @@ from .records import software, sweep, write_whole
 from .sealed import encoded, read_sealed
 
 FORMAT = 1
-EVERY = (
-    30.0  # seconds from one writing to the next, as for the checkpoints of a run; what takes no longer is never written
-)
+# Seconds from one writing to the next, as for the checkpoints of a run; a training that takes no longer is never written.
+EVERY = 30.0
 
 
 @dataclass
